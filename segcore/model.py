@@ -1,0 +1,242 @@
+"""Any RoPE causal LM of transformers, run by F: its rotation is deferred and its attention is ours.
+
+The model's own code is neither forked nor patched. Two public seams of an instance are used: its `rotary_emb` module
+is replaced by one that rotates by zero, so that queries and keys reach attention as projected; and its attention is
+chosen by name through transformers' `AttentionInterface`. Attention then rotates with the model's own function and
+its own angles, at the positions that segmented execution gives (design, section 4).
+
+Shapes: T tokens, H KV heads, G query heads per KV head, D head dimension, N positions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from segcore.errors import UnsupportedModel
+
+ATTENTION_NAME = "segcore"
+
+
+class Attend(Protocol):
+    """What runs in place of the model's attention, once per layer of a forward pass."""
+
+    def __call__(self, layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
+        """Takes unrotated queries and keys; returns the attention output, [H, G, T, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The shape of a model, as far as the engine needs it."""
+
+    architecture: str
+    layers: int
+    kv_heads: int
+    queries_per_kv_head: int
+    head_dim: int
+    vocabulary: int
+    max_positions: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Rope:
+    """The model's own rotation at positions 0..N-1; the table grows on demand."""
+
+    def __init__(self, angles: nn.Module, rotate: Callable[..., tuple[Tensor, Tensor]], like: Tensor) -> None:
+        self._angles, self._rotate, self._like = angles, rotate, like
+        self._cos_1ND, self._sin_1ND = self._table(1024)
+
+    def _table(self, positions: int) -> tuple[Tensor, Tensor]:
+        ids = torch.arange(positions, device=self._like.device)[None]
+        with torch.no_grad():
+            cos, sin = self._angles(self._like, ids)
+        return cos, sin
+
+    def __call__(self, q_HTD: Tensor, k_HTD: Tensor, first_position: int) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys that stand at positions first_position, first_position + 1, ..."""
+        stop = first_position + k_HTD.shape[-2]
+        if stop > self._cos_1ND.shape[1]:
+            self._cos_1ND, self._sin_1ND = self._table(max(stop, 2 * self._cos_1ND.shape[1]))
+        cos, sin = self._cos_1ND[:, first_position:stop], self._sin_1ND[:, first_position:stop]
+        q, k = self._rotate(q_HTD[None], k_HTD[None], cos, sin)
+        return q[0], k[0]
+
+    def keys(self, k_HTD: Tensor, first_position: int) -> Tensor:
+        """Rotate keys alone."""
+        return self(k_HTD[:0], k_HTD, first_position)[1]
+
+
+class _NoRotation(nn.Module):
+    """Stands where the model's rotary embedding stood and rotates by zero: cos 1, sin 0."""
+
+    def __init__(self, rotary_dim: int) -> None:
+        super().__init__()
+        self.rotary_dim = rotary_dim
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos = x.new_ones((1, position_ids.shape[-1], self.rotary_dim))
+        return cos, torch.zeros_like(cos)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    segcore_attend: Attend,
+    **extra: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature; [1, H*G, T, D] in, [1, T, H*G, D] out."""
+    _, heads, tokens, dim = query.shape
+    kv_heads = key.shape[1]
+    scale = dim**-0.5 if scaling is None else scaling
+    q = query[0].view(kv_heads, heads // kv_heads, tokens, dim)
+    out_HGTD = segcore_attend(cast(int, module.layer_idx), q, key[0], value[0], scale)
+    return out_HGTD.reshape(heads, tokens, dim).transpose(0, 1)[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+
+
+class CausalLM:
+    """A transformers causal LM whose attention is given call by call. Takes over the model it is handed."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        check_supported(model)
+        base = cast(Any, model.base_model)
+        rotary = base.rotary_emb
+        weight = next(model.parameters())
+        attention = _attention_modules(model)[0]
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        self.rope = Rope(rotary, rotate, torch.empty(0, dtype=weight.dtype, device=weight.device))
+        expected = _stock_logits(model)
+        base.rotary_emb = _NoRotation(self.rope._cos_1ND.shape[-1])
+        model.set_attn_implementation(ATTENTION_NAME)
+        self.model = model.eval().requires_grad_(False)
+        self.spec = self._measure()
+        self._check_parity(expected)
+
+    def __call__(self, tokens_T: Tensor, attend: Attend, *, all_logits: bool = False) -> Tensor:
+        """One forward pass over the tokens; logits of the last token, [1, V], or of all, [T, V]."""
+        output = self.model(
+            input_ids=tokens_T[None],
+            use_cache=False,
+            logits_to_keep=0 if all_logits else 1,
+            segcore_attend=attend,
+        )
+        return cast(Tensor, output.logits[0])
+
+    def _measure(self) -> ModelSpec:
+        """Read the shape off a pass over one token, so that no config field's name or meaning is guessed."""
+        shapes: dict[int, tuple[torch.Size, torch.Size]] = {}
+
+        def look(layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
+            shapes[layer] = (q_HGTD.shape, v_HTD.shape)
+            return torch.zeros_like(q_HGTD)
+
+        weight = next(self.model.parameters())
+        with torch.inference_mode():
+            logits = self(torch.zeros(1, dtype=torch.long, device=weight.device), look)
+        name = type(self.model).__name__
+        layers = _config(self.model).num_hidden_layers
+        if sorted(shapes) != list(range(layers)):
+            raise UnsupportedModel(f"{name}: only layers {sorted(shapes)} of {layers} call the attention interface")
+        (kv_heads, group, _, dim), v_shape = shapes[0]
+        if any(shape != shapes[0] for shape in shapes.values()) or v_shape[-1] != dim:
+            raise UnsupportedModel(f"{name}: its layers differ in heads or head dimension, or keys differ from values")
+        return ModelSpec(
+            architecture=name,
+            layers=layers,
+            kv_heads=kv_heads,
+            queries_per_kv_head=group,
+            head_dim=dim,
+            vocabulary=logits.shape[-1],
+            max_positions=_config(self.model).max_position_embeddings,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def _check_parity(self, expected_TV: Tensor) -> None:
+        """Refuse a model that computes something other than RoPE attention: compare with its own code."""
+
+        def attend(layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
+            q, k = self.rope(q_HGTD.flatten(0, 1), k_HTD, 0)
+            return nn.functional.scaled_dot_product_attention(
+                q[None], k[None], v_HTD[None], is_causal=True, scale=scale, enable_gqa=True
+            ).view_as(q_HGTD)
+
+        with torch.inference_mode():
+            got_TV = self(_probe_tokens(self.model), attend, all_logits=True)
+        error = ((got_TV - expected_TV).abs().max() / expected_TV.abs().max()).item()
+        # Rounding alone stays far below these; a wrong rotation or a missing term is of order 0.1 to 1.
+        limit = 0.05 if expected_TV.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if not error <= limit:
+            raise UnsupportedModel(
+                f"{self.spec.architecture}: its attention isn't plain RoPE attention: with segcore's, its logits "
+                f"differ from its own code's by {error:.2g} of their range"
+            )
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel, naming the architecture and the reason, for what can't be run exactly."""
+    name, config = type(model).__name__, _config(model)
+
+    def refuse(reason: str) -> None:
+        raise UnsupportedModel(f"{name} can't be run exactly: {reason}")
+
+    if any(hasattr(config, part) for part in ("vision_config", "audio_config")):
+        refuse("it is multimodal; segcore runs text-only models")
+    if getattr(config, "is_encoder_decoder", False):
+        refuse("it is an encoder-decoder model, not a causal LM")
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        refuse("it uses ALiBi, a bias by distance; segcore defers RoPE rotations")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        refuse(f"its layers are of kinds {', '.join(sorted(kinds))}; only full attention can be segmented")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        refuse(f"its layers attend within a sliding window of {config.sliding_window} tokens")
+    for term in ("attn_logit_softcapping",):
+        if getattr(config, term, None):
+            refuse(f"its attention has an extra term ({term})")
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is None:
+        refuse("it has no rotary_emb module, so its positions aren't RoPE, or not where transformers keeps them")
+    kind = getattr(rotary, "rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        refuse(f"its RoPE angles ({kind}) change with the length of the stream")
+    modules = _attention_modules(model)
+    if not modules:
+        refuse("no attention module with a layer index was found")
+    if not hasattr(sys.modules[type(modules[0]).__module__], "apply_rotary_pos_emb"):
+        refuse("its rotation function wasn't found")
+
+
+def _config(model: PreTrainedModel) -> Any:
+    return model.config
+
+
+def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
+
+
+def _probe_tokens(model: PreTrainedModel) -> Tensor:
+    """A fixed pseudo-random stream of 24 tokens for the parity check."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, _config(model).vocab_size, (24,), generator=generator).to(model.device)
+
+
+def _stock_logits(model: PreTrainedModel) -> Tensor:
+    with torch.inference_mode():
+        return cast(Tensor, model.eval()(input_ids=_probe_tokens(model)[None], use_cache=False).logits[0])

@@ -1,0 +1,230 @@
+"""Between text and tokens: documents in pieces, chat templates with turn marks, answers as they grow.
+
+The engine sees tokens only; services, training and evaluation all come through here, so they agree on every token.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from segcore.errors import InvalidDocument, InvalidRequest, UnsupportedModel
+
+# Documents are tokenised in pieces of about this many characters.
+PIECE_CHARS = 4096
+# A piece ends before a single space between two letters or digits. Byte-level BPE starts a new word there whatever
+# follows, so pieces yield the tokens of the whole text.
+_WORD_GAP = re.compile(r"(?<=[^\W_])(?= [^\W_])")
+_ANCHOR = "a"
+
+
+class TextTokenizer:
+    """A transformers tokenizer, for text that may hold anything: its special tokens are never read out of a document."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise UnsupportedModel(f"{type(tokenizer).__name__}: only tokenizers of the 'tokenizers' library stream text")
+        self.tokenizer = tokenizer
+        # Some tokenizers put a word mark before whatever text they are given; a later piece must not get one.
+        anchor = self.encode(_ANCHOR)
+        self._anchor_tokens = 0 if self.encode(_ANCHOR + " b") == anchor + self.encode(" b") else len(anchor)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text; nothing is added, and the names of special tokens are ordinary text."""
+        tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return cast(list[int], tokens)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Tokens of a text that continues another one."""
+        if not self._anchor_tokens:
+            return self.encode(text)
+        return self.encode(_ANCHOR + text)[self._anchor_tokens :]
+
+    def encode_template(self, text: str) -> list[int]:
+        """Tokens of a chat template's own text: special tokens count as such."""
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class DocumentEncoder:
+    """Turns the bytes of a UTF-8 document into tokens as they arrive. The tokens depend on the bytes alone."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        self._text = ""
+        self._started = False
+        self.bytes_taken = 0
+
+    def fork(self) -> DocumentEncoder:
+        """An independent encoder that has taken the same bytes; feed it to try bytes out."""
+        twin = DocumentEncoder(self._tokenizer)
+        twin._decoder.setstate(self._decoder.getstate())
+        twin._text, twin._started, twin.bytes_taken = self._text, self._started, self.bytes_taken
+        return twin
+
+    def feed(self, data: bytes) -> list[int]:
+        """Take more bytes; returns the tokens that are now certain.
+
+        Raises InvalidDocument for bytes that aren't UTF-8 or hold NUL; the encoder is then of no further use.
+        """
+        nul = data.find(b"\0")
+        if nul >= 0:
+            raise InvalidDocument(
+                f"byte {self.bytes_taken + nul} is NUL: this is a binary file, not text; extract its text first",
+                byte_offset=self.bytes_taken + nul,
+            )
+        incomplete = len(self._decoder.getstate()[0])
+        try:
+            self._text += self._decoder.decode(data)
+        except UnicodeDecodeError as error:
+            at = self.bytes_taken - incomplete + error.start
+            raise InvalidDocument(
+                f"byte {at} isn't valid UTF-8 ({error.reason}); convert the document to UTF-8 first", byte_offset=at
+            ) from None
+        self.bytes_taken += len(data)
+        return self._take_pieces()
+
+    def finish(self) -> list[int]:
+        """The remaining tokens. Raises InvalidDocument if the document is empty or ends inside a character."""
+        if self.bytes_taken == 0:
+            raise InvalidDocument("the document is empty")
+        unfinished = len(self._decoder.getstate()[0])
+        if unfinished:
+            raise InvalidDocument(
+                f"the document ends inside a UTF-8 character, {unfinished} byte(s) before its end; is it cut off?",
+                byte_offset=self.bytes_taken - unfinished,
+            )
+        text, self._text = self._text, ""
+        return self._encode(text) if text else []
+
+    def _take_pieces(self) -> list[int]:
+        tokens: list[int] = []
+        start = 0
+        # The gap's right neighbour is looked at too, hence one character more than a piece's longest extent.
+        while len(self._text) - start >= PIECE_CHARS + 2:
+            gaps = [m.start() for m in _WORD_GAP.finditer(self._text, start + 1, start + PIECE_CHARS + 2)]
+            end = gaps[-1] if gaps else start + PIECE_CHARS
+            tokens += self._encode(self._text[start:end])
+            start = end
+        self._text = self._text[start:]
+        return tokens
+
+    def _encode(self, piece: str) -> list[int]:
+        encode = self._tokenizer.encode_continuation if self._started else self._tokenizer.encode
+        self._started = True
+        return encode(piece)
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A chat template as token lists, cut where contents and turn marks go.
+
+    A stream reads: head, user's text, end_of_user, MARK, header, answer, end_of_answer, user's text, and so on. The
+    mark stands before the assistant header, since the position that predicts the first answer token must be computed
+    after the refresh (design, section 6). Without a template all but `head` are empty, and the mark stands before the
+    last token of the user's text.
+    """
+
+    head: list[int]
+    end_of_user: list[int]
+    header: list[int]
+    end_of_answer: list[int]
+    separator: list[int]
+
+    @classmethod
+    def of(cls, text: TextTokenizer) -> ChatFormat:
+        """Read the format off the tokenizer's chat template. Raises UnsupportedModel if the template rewrites texts."""
+        tokenizer, separator = text.tokenizer, text.encode_continuation("\n\n")
+        if tokenizer.chat_template is None:
+            added = tokenizer("", verbose=False)["input_ids"]
+            eos = tokenizer.eos_token_id
+            return cls(cast(list[int], [t for t in added if t != eos]), [], [], [], separator)
+        one, answer, two = "<<segcore-1>>", "<<segcore-2>>", "<<segcore-3>>"
+        messages = [_message("user", one), _message("assistant", answer), _message("user", two)]
+        whole = _render(tokenizer, messages, False)
+        prompt = _render(tokenizer, messages[:1], True)
+        closed = _render(tokenizer, messages[:1], False)
+        if not (prompt.startswith(closed) and all(whole.count(mark) == 1 for mark in (one, answer, two))):
+            raise UnsupportedModel("the model's chat template rewrites its messages, so it can't be fed as a stream")
+        pieces = (
+            prompt.split(one)[0],
+            closed.split(one)[1],
+            prompt[len(closed) :],
+            whole.split(answer)[1].split(two)[0],
+        )
+        return cls(*(text.encode_template(piece) for piece in pieces), separator)
+
+    def prompt_tail(self, question: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The tokens before and after the turn mark that end a user's turn with `question`."""
+        if self.header:
+            return [*question, *self.end_of_user], self.header
+        return list(question[:-1]), list(question[-1:])
+
+    def reopen(self, last_token: int | None) -> list[int]:
+        """The tokens from an answer that ended with `last_token` to the next user's text."""
+        if self.end_of_answer and self.end_of_answer[0] == last_token:
+            return self.end_of_answer[1:]
+        return self.end_of_answer
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    return cast(str, text)
+
+
+def check_question(question: str) -> None:
+    """Raise InvalidRequest for a question that holds nothing, or what isn't text."""
+    if not question.strip():
+        raise InvalidRequest("the question is empty", field="question")
+    if "\0" in question:
+        raise InvalidRequest("the question holds a NUL character", field="question")
+
+
+class AnswerText:
+    """Detokenises an answer token by token; ends it at an end token or before a stop string.
+
+    Emits whole characters only, and holds back text that may turn out to begin a stop string.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, end_tokens: frozenset[int], stop: Sequence[str]) -> None:
+        self._backend = tokenizer.tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._end_tokens, self._stop = end_tokens, stop
+        self._held = ""
+        self.finished = False
+
+    def push(self, token: int) -> str:
+        """The text that `token` makes certain; sets `finished` when the answer ends with it."""
+        if token in self._end_tokens:
+            self.finished = True
+            return self.flush()
+        self._held += self._stream.step(self._backend, token) or ""
+        at = min((i for i in (self._held.find(s) for s in self._stop) if i >= 0), default=-1)
+        if at >= 0:
+            self.finished = True
+            text, self._held = self._held[:at], ""
+            return text
+        keep = max((_overlap(self._held, s) for s in self._stop), default=0)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+    def flush(self) -> str:
+        """What was held back, when no more tokens come."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,121 @@
+"""The `segcore` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from segcore.engine.sampler import SamplingParams
+from segcore.errors import SegcoreError
+
+if TYPE_CHECKING:
+    from services.serving.config import ServeConfig
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 1 for a failure, 2 for wrong arguments."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Weights load in a second or two; their progress bars would only hide ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        return int(options.run(options))
+    except SegcoreError as error:
+        print(f"segcore: {error.message}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"segcore: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="segcore", description="Language models over documents of any length.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run a service on this machine until interrupted")
+    _add_service_options(serve)
+    serve.add_argument("--grpc-port", type=int, help="default: 9100")
+    serve.add_argument("--http-port", type=int, help="default: 8100")
+    serve.set_defaults(run=_serve)
+
+    ask = commands.add_parser("ask", help="stream a document in, ask, and watch the answer")
+    ask.add_argument("file", metavar="FILE", help="a UTF-8 text; - for standard input")
+    ask.add_argument("questions", metavar="QUESTION", nargs="+", help="one or more, asked in turn")
+    ask.add_argument("--address", help="a running service, HOST:PORT; default: one that is started for this call")
+    ask.add_argument("--figures", type=Path, metavar="JSON", help="write the figures to a file, too")
+    _add_service_options(ask)
+    sampling = ask.add_argument_group("sampling")
+    sampling.add_argument("--max-tokens", type=int)
+    sampling.add_argument("--temperature", type=float, help="0 (default): greedy")
+    sampling.add_argument("--top-p", type=float)
+    sampling.add_argument("--top-k", type=int)
+    sampling.add_argument("--seed", type=int)
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before it; repeatable")
+    ask.set_defaults(run=_ask)
+    return parser
+
+
+def _add_service_options(parser: argparse.ArgumentParser) -> None:
+    service = parser.add_argument_group("service")
+    service.add_argument("--config", type=Path, metavar="YAML", help="a file of service settings; see docs/serving.md")
+    service.add_argument("--model", help="smollm2-135m-instruct (default), a directory, a .gguf file, or a hub id")
+    service.add_argument("--dtype", help="auto (default), float32, bfloat16, ...")
+    service.add_argument("--policy", help="segmented (default) or full")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from services.serving.local import local_service
+
+    config = _config(options, grpc_port=options.grpc_port, http_port=options.http_port)
+    with local_service(config) as address:
+        print(f"segcore serves {config.model} over gRPC at {address}; press Ctrl-C to stop", flush=True)
+        stop = threading.Event()
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, lambda *_: stop.set())
+        stop.wait()
+    return 0
+
+
+def _ask(options: argparse.Namespace) -> int:
+    from services.ask import ask
+    from services.serving.local import local_service
+    from services.serving.client import Client
+
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    params = SamplingParams(stop=tuple(options.stop or ()), **given)
+    with ExitStack() as stack:
+        source = sys.stdin.buffer if options.file == "-" else stack.enter_context(open(options.file, "rb"))
+        size = None if options.file == "-" else os.fstat(source.fileno()).st_size
+        address = options.address
+        if address is None:
+            print("Starting a service for this call ...", file=sys.stderr)
+            address = stack.enter_context(local_service(_config(options, grpc_port=0, http_port=0)))
+        client = stack.enter_context(Client(address))
+        ask(client, source, size, options.questions, params, options.figures)
+    return 0
+
+
+def _config(options: argparse.Namespace, **given: int | None) -> ServeConfig:
+    from services.serving.config import ServeConfig
+
+    config = ServeConfig() if options.config is None else ServeConfig.read(options.config)
+    named = {**given, "model": options.model, "dtype": options.dtype}
+    values = config.model_dump() | {name: value for name, value in named.items() if value is not None}
+    if options.policy:
+        values["segment"] = {**values["segment"], "policy": options.policy}
+    return ServeConfig(**values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

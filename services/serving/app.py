@@ -1,0 +1,33 @@
+"""The application: an ingress in front of engines."""
+
+from __future__ import annotations
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from services.serving.config import ServeConfig
+from services.serving.engine_deployment import EngineDeployment
+from services.serving.ingress import Ingress
+
+APPLICATION = "segcore"
+_STUBS = "protos.gen.segcore.v1.segcore_pb2_grpc"
+_SERVICES = ("SessionService", "DocumentService", "GenerationService", "InfoService")
+_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+
+
+def build(config: ServeConfig) -> serve.Application:
+    """Ingress in front of engines; a session's calls all reach the same engine replica."""
+    config.engine_config()  # a configuration that can't work fails here, not in a replica
+    engine = EngineDeployment.options(
+        num_replicas=config.replicas,
+        ray_actor_options={"num_cpus": 1, "num_gpus": config.gpus_per_replica},
+        request_router_config=RequestRouterConfig(
+            request_router_class=_ROUTER, request_router_kwargs={"num_fallback_replicas": 0}
+        ),
+    ).bind(config)
+    return Ingress.options(ray_actor_options={"num_cpus": 0.1}).bind(engine, config)
+
+
+def servicer_functions() -> list[str]:
+    """What Serve's gRPC proxy needs to know our services."""
+    return [f"{_STUBS}.add_{service}Servicer_to_server" for service in _SERVICES]

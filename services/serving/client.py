@@ -1,0 +1,336 @@
+"""Clients of a segcore service, asynchronous and synchronous. They hide offsets, back-pressure, retries, resumption.
+
+    with Client("127.0.0.1:9100") as client:
+        session = client.create_session()
+        client.upload(session.session_id, Path("book.txt"))
+        for part in client.generate(session.session_id, "Who did it?"):
+            print(part.text, end="")
+
+Every failure is a `segcore.errors.SegcoreError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import threading
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Self, TypeVar
+
+import grpc
+
+from protos.gen.segcore.v1 import segcore_pb2 as pb
+from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
+from segcore.engine.sampler import SamplingParams
+from segcore.errors import AlreadyExists, FailedPrecondition, SegcoreError, Unavailable
+from services.serving import codec
+from services.serving.session import AnswerPart, DocumentInfo, SessionInfo, UploadAck
+from services.serving.status import error_of
+
+Source = Path | bytes | str | BinaryIO
+OnProgress = Callable[[UploadAck], None]
+T = TypeVar("T")
+
+_OPTIONS = [("grpc.keepalive_time_ms", 30_000), ("grpc.max_receive_message_length", 16 * 2**20)]
+_RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0, 6.0)
+
+
+class AsyncClient:
+    """Talks to one service. All calls raise SegcoreError; those that can be repeated safely are, for some seconds."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._sessions = stubs.SessionServiceStub(self._channel)
+        self._documents = stubs.DocumentServiceStub(self._channel)
+        self._generation = stubs.GenerationServiceStub(self._channel)
+        self._info = stubs.InfoServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def server_info(self) -> pb.GetServerInfoResponse:
+        with _errors():
+            return await self._info.GetServerInfo(pb.GetServerInfoRequest())
+
+    async def create_session(self, session_id: str | None = None, *, model: str = "") -> SessionInfo:
+        """Begin a session, under a name of the caller's or a new one."""
+        name = session_id or uuid.uuid4().hex
+        with _errors():
+            request = pb.CreateSessionRequest(session_id=name, model=model)
+            response = await self._sessions.CreateSession(request, metadata=_route(name))
+        return codec.session_from(response.session)
+
+    async def get_session(self, session_id: str) -> SessionInfo:
+        request = pb.GetSessionRequest(session_id=session_id)
+        response = await _retried(lambda: self._sessions.GetSession(request, metadata=_route(session_id)))
+        return codec.session_from(response.session)
+
+    async def delete_session(self, session_id: str) -> None:
+        with _errors():
+            await self._sessions.DeleteSession(
+                pb.DeleteSessionRequest(session_id=session_id), metadata=_route(session_id)
+            )
+
+    async def get_document(self, session_id: str, document_id: str) -> DocumentInfo:
+        request = pb.GetDocumentRequest(session_id=session_id, document_id=document_id)
+        response = await _retried(lambda: self._documents.GetDocument(request, metadata=_route(session_id)))
+        return codec.document_from(response.document)
+
+    async def upload(
+        self,
+        session_id: str,
+        source: Source,
+        *,
+        document_id: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> UploadAck:
+        """Stream a document into a session; returns when all of it has been run.
+
+        source: a path, a string, bytes, or a binary file, which is read as fast as the service takes it. A broken
+        connection is taken up where it broke. on_progress is called for every acknowledgement.
+        """
+        with _reading(source) as file:
+            upload = _Upload(self, session_id, document_id or uuid.uuid4().hex, file, on_progress or (lambda _: None))
+            return await upload.run()
+
+    async def generate(
+        self, session_id: str, question: str, params: SamplingParams | None = None
+    ) -> AsyncIterator[AnswerPart]:
+        """Ask about what was uploaded; the answer's parts as they come. Closing the iterator ends the answer."""
+        sampling = codec.sampling_to(params or SamplingParams())
+        request = pb.GenerateRequest(session_id=session_id, question=question, sampling=sampling)
+        call = self._generation.Generate(request, metadata=_route(session_id))
+        try:
+            with _errors():
+                async for response in call:
+                    yield codec.answer_from(response)
+        finally:
+            call.cancel()
+
+    def open_upload(self, session_id: str) -> Any:
+        """The bare bidirectional call, for those who speak the protocol themselves."""
+        return self._documents.UploadDocument(metadata=_route(session_id))
+
+
+class _Upload:
+    """One document on its way. Bytes are kept until they are committed, so that any source can be taken up again."""
+
+    def __init__(
+        self, client: AsyncClient, session_id: str, document_id: str, file: BinaryIO, on_progress: OnProgress
+    ) -> None:
+        self._client, self._session_id, self._document_id = client, session_id, document_id
+        self._file, self._on_progress = file, on_progress
+        self._digest = hashlib.sha256()
+        self._kept = bytearray()  # bytes [committed, read) of the document
+        self._committed = 0
+        self._window = 0
+        self._ended = False
+        self._sent_finish = False
+
+    async def run(self) -> UploadAck:
+        waits = iter(_RETRY_SECONDS)
+        while True:
+            before = self._committed
+            try:
+                return await self._attempt()
+            except Unavailable:
+                if self._committed > before:  # it went on meanwhile: a new fault, with patience of its own
+                    waits = iter(_RETRY_SECONDS)
+                wait = next(waits, None)
+                if wait is None:
+                    raise
+                await asyncio.sleep(wait)
+
+    async def _attempt(self) -> UploadAck:
+        call = self._client.open_upload(self._session_id)
+        try:
+            with _errors():
+                header = pb.DocumentHeader(session_id=self._session_id, document_id=self._document_id)
+                await call.write(pb.UploadDocumentRequest(header=header))
+                ack = await self._take_ack(call)
+                if not ack.finished:
+                    return await self._send(call)
+                if not self._sent_finish:
+                    raise AlreadyExists(f"document {self._document_id!r} is already uploaded; choose another id")
+                return ack  # the finish was done, and only its answer lost
+        except asyncio.InvalidStateError:  # a write after the service ended the call; its status says why
+            raise await _ended_early(call) from None
+        finally:
+            call.cancel()
+
+    async def _send(self, call: Any) -> UploadAck:
+        """Send from the committed offset on, never more than the window beyond it; then finish."""
+        sent = self._committed
+        while True:
+            if sent - self._committed < self._window and (data := await self._next_bytes(sent)):
+                request = pb.DocumentData(offset=sent, data=data)
+                await call.write(pb.UploadDocumentRequest(data=request))
+                sent += len(data)
+            elif sent > self._committed:
+                await self._take_ack(call)
+            else:
+                finish = pb.DocumentFinish(total_bytes=sent, sha256=self._digest.digest())
+                self._sent_finish = True
+                await call.write(pb.UploadDocumentRequest(finish=finish))
+                return await self._take_ack(call)
+
+    async def _next_bytes(self, offset: int) -> bytes:
+        """The next message's bytes; empty at the document's end."""
+        size = max(1, self._window // 4)
+        start = offset - self._committed
+        if start == len(self._kept) and not self._ended:
+            data = await asyncio.to_thread(self._file.read, size)
+            self._ended = not data
+            self._digest.update(data)
+            self._kept += data
+        return bytes(self._kept[start : start + size])
+
+    async def _take_ack(self, call: Any) -> UploadAck:
+        response = await call.read()
+        if response is grpc.aio.EOF:
+            raise await _ended_early(call)
+        ack = codec.ack_from(response)
+        taken = ack.committed_offset - self._committed
+        if not 0 <= taken <= len(self._kept):
+            raise FailedPrecondition(
+                f"the service has {ack.committed_offset} bytes of document {self._document_id!r}, which this upload"
+                f" can't continue: it holds bytes {self._committed} to {self._committed + len(self._kept)}"
+            )
+        del self._kept[:taken]
+        self._committed, self._window = ack.committed_offset, response.window_bytes
+        self._on_progress(ack)
+        return ack
+
+
+class Client:
+    """`AsyncClient` for code that isn't asynchronous: the same calls, run on a loop in a thread of its own."""
+
+    def __init__(self, address: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="segcore-client", daemon=True)
+        self._thread.start()
+        self._client = self._run(_made(lambda: AsyncClient(address)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._run(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def server_info(self) -> pb.GetServerInfoResponse:
+        return self._run(self._client.server_info())
+
+    def create_session(self, session_id: str | None = None, *, model: str = "") -> SessionInfo:
+        return self._run(self._client.create_session(session_id, model=model))
+
+    def get_session(self, session_id: str) -> SessionInfo:
+        return self._run(self._client.get_session(session_id))
+
+    def delete_session(self, session_id: str) -> None:
+        self._run(self._client.delete_session(session_id))
+
+    def get_document(self, session_id: str, document_id: str) -> DocumentInfo:
+        return self._run(self._client.get_document(session_id, document_id))
+
+    def upload(
+        self,
+        session_id: str,
+        source: Source,
+        *,
+        document_id: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> UploadAck:
+        return self._run(
+            self._client.upload(session_id, source, document_id=document_id, on_progress=on_progress)
+        )
+
+    def generate(self, session_id: str, question: str, params: SamplingParams | None = None) -> Iterator[AnswerPart]:
+        parts = self._client.generate(session_id, question, params)
+        try:
+            while (part := self._run(_next_or_none(parts))) is not None:
+                yield part
+        finally:
+            self._run(parts.aclose())  # type: ignore[attr-defined]
+
+    def _run(self, work: Awaitable[T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(_awaited(work), self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
+
+
+async def _made(make: Callable[[], T]) -> T:
+    return make()
+
+
+async def _next_or_none(parts: AsyncIterator[AnswerPart]) -> AnswerPart | None:
+    return await anext(parts, None)
+
+
+async def _retried(call: Callable[[], Awaitable[T]]) -> T:
+    for wait in _RETRY_SECONDS:
+        try:
+            with _errors():
+                return await call()
+        except Unavailable:
+            await asyncio.sleep(wait)
+    with _errors():
+        return await call()
+
+
+async def _ended_early(call: Any) -> SegcoreError:
+    """Why a call ended without the message that was due."""
+    code = await call.code()
+    if code is grpc.StatusCode.OK:
+        return Unavailable("the service ended the upload before its finish")
+    return error_of(
+        grpc.aio.AioRpcError(
+            code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+        )
+    )
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise error_of(error) from None
+
+
+@contextmanager
+def _reading(source: Source) -> Iterator[BinaryIO]:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            yield file
+    elif isinstance(source, (bytes, str)):
+        yield io.BytesIO(source.encode() if isinstance(source, str) else source)
+    else:
+        yield source
+
+
+def _route(session_id: str) -> tuple[tuple[str, str], ...]:
+    """The metadata by which Serve routes a session's calls."""
+    return (("session_id", session_id),)

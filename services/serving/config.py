@@ -1,0 +1,77 @@
+"""What a service is made of. Read from a YAML file or given in code; unknown keys are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig
+from segcore.errors import ConfigError
+from segcore.weights import DEFAULT_MODEL, cache_directory, segment_preset
+
+
+class ServeConfig(BaseModel):
+    """A segcore service.
+
+    segment: fields of SegmentConfig that differ from the model's preset. threads: torch's, None for its own choice.
+    past_directory: where past KV is written through to. window_bytes: what a client may send beyond what is committed; it
+    bounds what waits when the last byte is sent, and so the time to the first token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = DEFAULT_MODEL
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    segment: dict[str, Any] = {}
+    chunk_tokens: int = Field(default=1024, ge=1)
+    replicas: int = Field(default=1, ge=1)
+    gpus_per_replica: float = Field(default=0, ge=0)
+    host: str = "127.0.0.1"
+    grpc_port: int = Field(default=9100, ge=0, le=65535)
+    http_port: int = Field(default=8100, ge=0, le=65535)
+    past_directory: Path = Field(default_factory=lambda: cache_directory() / "past-kv")
+    past_host_bytes: int = Field(default=8 * GIB, ge=0)
+    past_disk_bytes: int | None = Field(default=None, ge=0)
+    max_sessions: int = Field(default=16, ge=1)
+    max_session_tokens: int = Field(default=10_000_000, ge=1)
+    max_document_bytes: int = Field(default=64 * MIB, ge=1)
+    max_data_bytes: int = Field(default=1 * MIB, ge=1, le=3 * MIB)
+    window_bytes: int = Field(default=16 * KIB, ge=KIB)
+
+    @classmethod
+    def read(cls, path: Path) -> ServeConfig:
+        """Read a YAML file. Raises ConfigError that names the file and each wrong key."""
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+            return cls(**values)
+        except (OSError, yaml.YAMLError, TypeError) as error:
+            raise ConfigError(f"{path} isn't a readable configuration: {error}") from error
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"{path}: {faults}") from error
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's part. Raises ConfigError."""
+        return EngineConfig(
+            segment=self.segment_config(),
+            cache=CacheConfig(
+                host_bytes=self.past_host_bytes, disk_bytes=self.past_disk_bytes, directory=self.past_directory
+            ),
+            chunk_tokens=self.chunk_tokens,
+            max_sessions=self.max_sessions,
+            max_session_tokens=self.max_session_tokens,
+        )
+
+    def segment_config(self) -> SegmentConfig:
+        """The model's preset with this configuration's changes. Raises ConfigError."""
+        preset = segment_preset(self.model)
+        unknown = set(self.segment) - {field.name for field in dataclasses.fields(preset)}
+        if unknown:
+            raise ConfigError(f"segment has no field {', '.join(sorted(unknown))}")
+        return dataclasses.replace(preset, **self.segment)

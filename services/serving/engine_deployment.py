@@ -1,0 +1,95 @@
+"""The engine tier: one replica, one engine, the sessions that are routed to it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import torch
+from ray import serve
+
+import segcore
+from segcore.engine.sampler import SamplingParams
+from segcore.errors import Unavailable
+from services.serving.config import ServeConfig
+from services.serving.session import AnswerPart, DocumentInfo, SessionInfo, Sessions, UploadAck
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerInfo:
+    """What a service runs and accepts; see GetServerInfoResponse."""
+
+    version: str
+    model: str
+    architecture: str
+    policy: str
+    segment_tokens: int
+    max_sessions: int
+    max_session_tokens: int
+    max_document_bytes: int
+    max_data_bytes: int
+    window_bytes: int
+    past_bytes_per_token: int
+
+
+# A request is short or waits on the engine without holding anything, so Serve's own limit must not come first.
+@serve.deployment(name="engine", max_ongoing_requests=10_000)
+class EngineDeployment:
+    """`Sessions` behind a deployment handle; its methods raise SegcoreError."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._config = config
+        self._model = segcore.load_model(config.model, dtype=config.dtype, device=config.device)
+        self._engine = segcore.Engine(self._model.lm, config.engine_config())
+        self._sessions = Sessions(self._model, self._engine, config)
+
+    def check_health(self) -> None:
+        if not self._engine.alive:
+            raise Unavailable("the engine's thread has ended")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            self._engine.shutdown()
+
+    async def info(self) -> ServerInfo:
+        config, layout = self._config, self._engine.past_layout
+        return ServerInfo(
+            version=segcore.__version__,
+            model=self._model.name,
+            architecture=self._model.lm.spec.architecture,
+            policy=self._engine.config.segment.policy,
+            segment_tokens=self._engine.config.segment.segment_tokens,
+            max_sessions=config.max_sessions,
+            max_session_tokens=self._engine.max_stream_tokens,
+            max_document_bytes=config.max_document_bytes,
+            max_data_bytes=config.max_data_bytes,
+            window_bytes=config.window_bytes,
+            past_bytes_per_token=0 if layout is None else layout.block_bytes_per_token + layout.index_bytes_per_token,
+        )
+
+    async def create(self, session_id: str, model: str) -> SessionInfo:
+        return await self._sessions.create(session_id, model)
+
+    async def get(self, session_id: str) -> SessionInfo:
+        return await self._sessions.get(session_id)
+
+    async def delete(self, session_id: str) -> None:
+        await self._sessions.delete(session_id)
+
+    async def open_document(self, session_id: str, document_id: str, total_bytes: int | None) -> UploadAck:
+        return await self._sessions.open_document(session_id, document_id, total_bytes)
+
+    async def append(self, session_id: str, document_id: str, offset: int, data: bytes) -> UploadAck:
+        return await self._sessions.append(session_id, document_id, offset, data)
+
+    async def finish(self, session_id: str, document_id: str, total_bytes: int, sha256: bytes) -> UploadAck:
+        return await self._sessions.finish(session_id, document_id, total_bytes, sha256)
+
+    async def get_document(self, session_id: str, document_id: str) -> DocumentInfo:
+        return await self._sessions.get_document(session_id, document_id)
+
+    async def generate(self, session_id: str, question: str, params: SamplingParams) -> AsyncIterator[AnswerPart]:
+        async for part in self._sessions.generate(session_id, question, params):
+            yield part

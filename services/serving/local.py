@@ -1,0 +1,84 @@
+"""A service on this machine, on a Ray of its own: what `segcore serve`, `segcore ask` and the demo run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+from services.serving.config import ServeConfig
+
+
+@contextmanager
+def local_service(config: ServeConfig) -> Iterator[str]:
+    """Run a service on this machine, on a Ray of its own unless one is connected; yields its gRPC address.
+
+    Ports that are 0 are chosen freely. Everything that was started is stopped at the end.
+    """
+    _prepare_ray()
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    from services.serving.app import APPLICATION, build, servicer_functions
+
+    config = _with_resources(config)
+    application = build(config)
+    own_ray = not ray.is_initialized()
+    if own_ray:
+        ray.init(
+            num_cpus=max(psutil.cpu_count() or 1, config.replicas + 1),
+            include_dashboard=False,
+            object_store_memory=150_000_000,
+            log_to_driver=False,
+            logging_level="WARNING",
+        )
+    try:
+        serve.start(
+            http_options=HTTPOptions(host=config.host, port=config.http_port),
+            grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=servicer_functions()),
+        )
+        serve.run(application, name=APPLICATION, route_prefix="/")
+        yield f"{config.host}:{config.grpc_port}"
+    finally:
+        serve.shutdown()
+        if own_ray:
+            ray.shutdown()
+
+
+def _prepare_ray() -> None:
+    """Set what Ray reads when it is imported. No effect on a Ray that the caller has imported already."""
+    if "ray" in sys.modules:
+        return
+    # Said outright, since Ray's own default depends on what lies in the user's home; the token lives as long as we.
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def _with_resources(config: ServeConfig) -> ServeConfig:
+    """Fill in what is left to this machine: free ports, and its cores shared between the replicas.
+
+    Ray would otherwise set each replica to as many threads as the CPUs it reserves.
+    """
+    cores = psutil.cpu_count(logical=False) or 1
+    return config.model_copy(
+        update={
+            "grpc_port": config.grpc_port or _free_port(),
+            "http_port": config.http_port or _free_port(),
+            "threads": config.threads or max(1, cores // config.replicas),
+        }
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

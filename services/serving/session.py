@@ -1,0 +1,376 @@
+"""Sessions as clients see them: documents of bytes, questions and answers of text. Knows no Ray and no gRPC.
+
+One asyncio loop drives it; the engine works on its own thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from segcore.engine.engine import Engine
+from segcore.engine.request import FinishReason, Generation
+from segcore.engine.sampler import SamplingParams
+from segcore.errors import (
+    FailedPrecondition,
+    InvalidDocument,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    SegcoreError,
+    WrongOffset,
+)
+from segcore.text import AnswerText, DocumentEncoder, check_question
+from segcore.weights import LoadedModel
+from services.serving.config import ServeConfig
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MAX_QUESTION_CHARS = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What streaming costs, as it goes; bytes are the whole engine's."""
+
+    processed_tokens: int
+    pending_tokens: int
+    segments: int
+    engine_bytes: int
+    past_host_bytes: int
+    past_disk_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentInfo:
+    document_id: str
+    committed_offset: int
+    finished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionInfo:
+    session_id: str
+    model: str
+    create_time: float
+    processed_tokens: int
+    pending_tokens: int
+    segments: int
+    documents: list[DocumentInfo]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UploadAck:
+    """Everything below `committed_offset` is taken."""
+
+    committed_offset: int
+    progress: Progress
+    finished: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerPart:
+    """Some text of an answer; the last part has a finish reason and the counts of tokens."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+
+@dataclass
+class _Document:
+    id: str
+    encoder: DocumentEncoder
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    finished: bool = False
+
+    @property
+    def committed_offset(self) -> int:
+        return self.encoder.bytes_taken
+
+    @property
+    def info(self) -> DocumentInfo:
+        return DocumentInfo(
+            document_id=self.id, committed_offset=self.committed_offset, finished=self.finished
+        )
+
+
+@dataclass
+class _Session:
+    """started: the stream holds tokens. turn_open: a user's turn has begun. last_token: the last answer's last token.
+
+    lock: one writer at a time.
+    """
+
+    id: str
+    create_time: float = field(default_factory=time.time)
+    documents: dict[str, _Document] = field(default_factory=dict)
+    started: bool = False
+    turn_open: bool = False
+    last_token: int | None = None
+    answering: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Sessions:
+    """All sessions of one engine."""
+
+    def __init__(self, model: LoadedModel, engine: Engine, config: ServeConfig) -> None:
+        self._model, self._engine, self._config = model, engine, config
+        self._sessions: dict[str, _Session] = {}
+
+    async def create(self, session_id: str, model: str) -> SessionInfo:
+        """Begin an empty session. Raises InvalidRequest, NotFound (model), AlreadyExists, Busy."""
+        check_name("session_id", session_id)
+        if model and model != self._model.name:
+            raise NotFound(f"model {model!r} isn't served here; this service runs {self._model.name!r}", model=model)
+        self._engine.open(session_id)
+        self._sessions[session_id] = _Session(session_id)
+        return await self.get(session_id)
+
+    async def get(self, session_id: str) -> SessionInfo:
+        session, stats = self._find(session_id), self._engine.session_stats(session_id)
+        return SessionInfo(
+            session_id=session_id,
+            model=self._model.name,
+            create_time=session.create_time,
+            processed_tokens=stats.tokens,
+            pending_tokens=stats.pending_tokens,
+            segments=stats.segments,
+            documents=[document.info for document in session.documents.values()],
+        )
+
+    async def delete(self, session_id: str) -> None:
+        self._find(session_id)
+        # The engine ends the step it is in first, which may take as long as a chunk.
+        await asyncio.to_thread(self._engine.close, session_id)
+        del self._sessions[session_id]
+
+    async def open_document(self, session_id: str, document_id: str, total_bytes: int | None) -> UploadAck:
+        """Begin a document, or continue the open one; a finished one is acknowledged as finished.
+
+        Raises FailedPrecondition if another one is open, LimitExceeded if it can't fit.
+        """
+        check_name("document_id", document_id)
+        session = self._find(session_id)
+        self._check_idle(session)
+        limit = self._config.max_document_bytes
+        if total_bytes is not None and not 0 <= total_bytes <= limit:
+            raise self._too_long(limit)
+        document = session.documents.get(document_id)
+        if document is None:
+            self._check_none_open(session)
+            document = session.documents[document_id] = _Document(document_id, DocumentEncoder(self._model.tokenizer))
+        return self._ack(session, document, finished=document.finished)
+
+    async def append(self, session_id: str, document_id: str, offset: int, data: bytes) -> UploadAck:
+        """Take bytes at `offset`, which must be the committed offset; returns when the engine has room for more.
+
+        Raises WrongOffset, InvalidDocument, LimitExceeded; then nothing of `data` is taken.
+        """
+        session = self._find(session_id)
+        async with session.lock:
+            self._check_idle(session)
+            document = self._open_document(session, document_id)
+            if offset != document.committed_offset:
+                raise WrongOffset(
+                    f"data begin at byte {offset}, but {document.committed_offset} bytes are committed; continue there",
+                    committed_offset=document.committed_offset,
+                )
+            if len(data) > self._config.max_data_bytes:
+                raise InvalidRequest(
+                    f"a message of {len(data)} bytes is over max_data_bytes={self._config.max_data_bytes}; send less",
+                    field="data",
+                )
+            if offset + len(data) > self._config.max_document_bytes:
+                raise self._too_long(self._config.max_document_bytes)
+            encoder = document.encoder.fork()
+            tokens = await asyncio.to_thread(encoder.feed, data)
+            self._engine.append(session_id, self._opening(session, document) + tokens)
+            document.encoder = encoder
+            document.digest.update(data)
+            session.started = session.turn_open = True
+            await asyncio.wrap_future(self._engine.room(session_id))
+            return self._ack(session, document)
+
+    async def finish(self, session_id: str, document_id: str, total_bytes: int, sha256: bytes) -> UploadAck:
+        """End a document whose size and digest are as given; returns when all of it has been run.
+
+        Raises InvalidDocument; then the document stays open.
+        """
+        session = self._find(session_id)
+        async with session.lock:
+            self._check_idle(session)
+            document = self._open_document(session, document_id)
+            if document.committed_offset == 0:
+                del session.documents[document_id]
+                raise InvalidDocument("the document is empty")
+            if total_bytes != document.committed_offset:
+                raise WrongOffset(
+                    f"the document is said to have {total_bytes} bytes, and {document.committed_offset} came",
+                    committed_offset=document.committed_offset,
+                )
+            if sha256 != document.digest.digest():
+                raise InvalidDocument(
+                    "the document's SHA-256 isn't that of the bytes that came; delete the session and upload again",
+                    received_sha256=document.digest.hexdigest(),
+                )
+            self._engine.append(session_id, document.encoder.fork().finish())
+            document.finished = True
+            await asyncio.wrap_future(self._engine.flush(session_id))
+            return self._ack(session, document, finished=True)
+
+    async def get_document(self, session_id: str, document_id: str) -> DocumentInfo:
+        return self._document(self._find(session_id), document_id).info
+
+    async def generate(self, session_id: str, question: str, params: SamplingParams) -> AsyncIterator[AnswerPart]:
+        """Ask, and stream the answer. Closing the iterator ends the answer where it is.
+
+        Raises InvalidRequest, FailedPrecondition, LimitExceeded; nothing of the question is then in the stream.
+        """
+        check_question(question)
+        if len(question) > MAX_QUESTION_CHARS:
+            raise InvalidRequest(
+                f"the question is longer than {MAX_QUESTION_CHARS} characters; upload it as a document", field="question"
+            )
+        session = self._find(session_id)
+        async with session.lock:
+            self._check_idle(session)
+            self._check_none_open(session)
+            prompt_tokens = self._ask(session, question)
+            answer = _Answer(self._model, params)
+            session.answering = True
+            self._engine.generate(session_id, answer.generation)
+        answer.generation.done.add_done_callback(answer.on_loop(lambda: self._end_answer(session, answer)))
+        try:
+            async for text in answer.texts():
+                yield AnswerPart(text=text)
+            reason = answer.generation.done.result()
+            yield AnswerPart(
+                text=answer.text.flush(),
+                finish_reason=reason,
+                prompt_tokens=prompt_tokens,
+                answer_tokens=answer.generation.tokens,
+            )
+        finally:
+            self._engine.abort(answer.generation)
+
+    def _ask(self, session: _Session, question: str) -> int:
+        """Put a question and its turn mark into the stream; returns the stream's length after it."""
+        chat, tokenizer = self._model.chat, self._model.tokenizer
+        text = tokenizer.encode_continuation(question) if session.turn_open else tokenizer.encode(question)
+        before, after = chat.prompt_tail(self._opening(session) + text)
+        stats = self._engine.session_stats(session.id)
+        length = stats.tokens + stats.pending_tokens + len(before) + len(after)
+        if length >= self._engine.max_stream_tokens:
+            raise LimitExceeded(
+                f"the question would make the stream longer than {self._engine.max_stream_tokens} tokens",
+                max_tokens=self._engine.max_stream_tokens,
+            )
+        self._engine.append(session.id, before)
+        self._engine.mark(session.id)
+        self._engine.append(session.id, after)
+        session.started, session.turn_open = True, False
+        return length
+
+    def _opening(self, session: _Session, document: _Document | None = None) -> list[int]:
+        """The tokens before a text: those that open a user's turn, or that part it from the text before."""
+        if document is not None and document.committed_offset:
+            return []
+        chat = self._model.chat
+        if session.turn_open:
+            return chat.separator
+        return chat.reopen(session.last_token) if session.started else chat.head
+
+    def _end_answer(self, session: _Session, answer: _Answer) -> None:
+        session.answering = False
+        session.last_token = answer.last_token
+
+    def _find(self, session_id: str) -> _Session:
+        if session_id not in self._sessions:
+            raise NotFound(f"session {session_id!r} doesn't exist; create it first", session_id=session_id)
+        return self._sessions[session_id]
+
+    def _check_idle(self, session: _Session) -> None:
+        if session.answering:
+            raise FailedPrecondition(f"session {session.id!r} is answering; wait for the answer's end, or cancel it")
+
+    def _document(self, session: _Session, document_id: str) -> _Document:
+        if document_id not in session.documents:
+            raise NotFound(f"document {document_id!r} doesn't exist; begin it with a header", document_id=document_id)
+        return session.documents[document_id]
+
+    def _open_document(self, session: _Session, document_id: str) -> _Document:
+        document = self._document(session, document_id)
+        if document.finished:
+            raise FailedPrecondition(f"document {document_id!r} is already finished")
+        return document
+
+    def _check_none_open(self, session: _Session) -> None:
+        """Raise FailedPrecondition if a document has begun and not ended; forget one that got no byte."""
+        for document in list(session.documents.values()):
+            if document.finished:
+                continue
+            if document.committed_offset:
+                raise FailedPrecondition(
+                    f"document {document.id!r} is still open at byte {document.committed_offset}; finish it first",
+                    document_id=document.id,
+                    committed_offset=document.committed_offset,
+                )
+            del session.documents[document.id]
+
+    def _too_long(self, limit: int) -> SegcoreError:
+        return LimitExceeded(f"a document may have at most {limit} bytes here", max_document_bytes=limit)
+
+    def _ack(self, session: _Session, document: _Document, *, finished: bool = False) -> UploadAck:
+        stats, engine = self._engine.session_stats(session.id), self._engine.stats()
+        progress = Progress(
+            processed_tokens=stats.tokens,
+            pending_tokens=stats.pending_tokens,
+            segments=stats.segments,
+            engine_bytes=engine.engine_bytes,
+            past_host_bytes=engine.past_host_bytes,
+            past_disk_bytes=engine.past_disk_bytes,
+        )
+        return UploadAck(committed_offset=document.committed_offset, progress=progress, finished=finished)
+
+
+class _Answer:
+    """An answer on its way from the engine's thread to the event loop."""
+
+    def __init__(self, model: LoadedModel, params: SamplingParams) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[str | None] = asyncio.Queue()  # holds at most max_tokens texts
+        self.text = AnswerText(model.tokenizer, model.end_tokens, params.stop)
+        self.generation = Generation(params, self._on_token)
+        self.last_token: int | None = None
+        self.generation.done.add_done_callback(self.on_loop(lambda: self._queue.put_nowait(None)))
+
+    async def texts(self) -> AsyncIterator[str]:
+        while (text := await self._queue.get()) is not None:
+            yield text
+
+    def on_loop(self, call: Callable[[], None]) -> Callable[[object], None]:
+        return lambda _: _call_soon(self._loop, call)
+
+    def _on_token(self, token: int) -> bool:
+        self.last_token = token
+        text = self.text.push(token)
+        if text:
+            _call_soon(self._loop, lambda: self._queue.put_nowait(text))
+        return self.text.finished
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call)
+
+
+def check_name(name: str, value: str) -> None:
+    """Raise InvalidRequest unless `value` can name a session or document."""
+    if not _NAME.fullmatch(value):
+        raise InvalidRequest(f"{name}={value[:80]!r} must be 1 to 64 letters, digits, '-' or '_'", field=name)
