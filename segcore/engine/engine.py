@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from segcore.config import EngineConfig
-from segcore.engine.request import FinishReason, Flush, Generation, Mark, Session
+from segcore.engine.request import Flush, Generation, Mark, Session
 from segcore.engine.runner import Runner
-from segcore.engine.sampler import SamplingParams, sample
+from segcore.engine.sampler import sample
 from segcore.engine.scheduler import Scheduler, step_tokens
 from segcore.errors import (
     AlreadyExists,
@@ -34,6 +34,7 @@ from segcore.memory import engine_bytes
 from segcore.model import CausalLM
 from segcore.pastkv.base import PastLayout
 from segcore.pastkv.manager import PastKVManager
+from segcore.sampling import FinishReason
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +257,8 @@ class Engine:
         """Sample a token, and run it unless it ends the answer; then it waits as the stream's next token."""
         assert session.logits_V is not None
         if generation.aborted:
-            return self._finish(session, generation, "aborted")
+            self._finish(session, generation, "aborted")
+            return
         token = sample(session.logits_V, generation.params, generation.tokens)
         generation.tokens += 1
         stop = generation.on_token(token)
@@ -265,7 +267,8 @@ class Engine:
             session.appended += 1
             if stop or full or generation.tokens == generation.params.max_tokens:
                 session.pending.append(token)
-                return self._finish(session, generation, "stop" if stop else "length")
+                self._finish(session, generation, "stop" if stop else "length")
+                return
         self._advance(session, [token])
         with self._changed:
             if session.controls:
@@ -313,6 +316,3 @@ def _settle(future: Future[Any], outcome: FinishReason | SegcoreError | None) ->
             future.set_result(outcome)
     except InvalidStateError:
         pass
-
-
-__all__ = ["Engine", "EngineStats", "Generation", "SamplingParams", "SessionStats"]

@@ -6,16 +6,13 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import Tensor
 
-from segcore.engine.sampler import SamplingParams
 from segcore.errors import SegcoreError
 from segcore.pastkv.manager import SessionPast
+from segcore.sampling import FinishReason, SamplingParams
 from segcore.state import State
-
-FinishReason = Literal["stop", "length", "aborted"]
 
 
 @dataclass

@@ -2,44 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from segcore.errors import InvalidRequest
-
-MAX_SEED = 2**63 - 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off; stop strings end the answer before them.
-
-    A seed makes the answer a function of the stream: token i is drawn from (seed, i), so a broken answer can be taken
-    up anywhere.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        checks = [
-            ("max_tokens", 1 <= self.max_tokens <= 1_000_000, "between 1 and 1,000,000"),
-            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 (greedy) and 100"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("top_k", 0 <= self.top_k <= 2**31, "0 (off) or a count of tokens"),
-            ("seed", 0 <= self.seed <= MAX_SEED, "between 0 and 2^63 - 1"),
-            ("stop", len(self.stop) <= 16, "at most 16 strings"),
-            ("stop", all(0 < len(s) <= 256 for s in self.stop), "strings of 1 to 256 characters"),
-        ]
-        for name, good, want in checks:  # NaN fails every comparison, so it is refused too
-            if not good:
-                raise InvalidRequest(f"{name}={getattr(self, name)!r} must be {want}", field=name)
+from segcore.sampling import SamplingParams
 
 
 def sample(logits_V: Tensor, params: SamplingParams, index: int) -> int:
@@ -54,7 +20,7 @@ def sample(logits_V: Tensor, params: SamplingParams, index: int) -> int:
     kept = probabilities.cumsum(dim=-1) - probabilities < params.top_p
     probabilities = probabilities[kept].cpu()
     generator = torch.Generator().manual_seed(_mix(params.seed, index))
-    return int(tokens[torch.multinomial(probabilities, 1, generator=generator).item()])
+    return int(tokens[int(torch.multinomial(probabilities, 1, generator=generator))])
 
 
 def _mix(seed: int, index: int) -> int:

@@ -96,7 +96,7 @@ def _page_checksums(block_SC2D: Tensor) -> Tensor:
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def _remove_abandoned(directory: Path) -> None:

@@ -15,17 +15,26 @@ _SERVICES = ("SessionService", "DocumentService", "GenerationService", "InfoServ
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 
 
+# A request is short, or waits on the engine without holding anything, so Serve's own limit must not come first.
+_MAX_ONGOING = 10_000
+
+
 def build(config: ServeConfig) -> serve.Application:
-    """Ingress in front of engines; a session's calls all reach the same engine replica."""
+    """Ingress in front of engines; a session's calls all reach the same engine replica. Raises ConfigError."""
     config.engine_config()  # a configuration that can't work fails here, not in a replica
-    engine = EngineDeployment.options(
+    engine = serve.deployment(
+        name="engine",
         num_replicas=config.replicas,
+        max_ongoing_requests=_MAX_ONGOING,
         ray_actor_options={"num_cpus": 1, "num_gpus": config.gpus_per_replica},
         request_router_config=RequestRouterConfig(
             request_router_class=_ROUTER, request_router_kwargs={"num_fallback_replicas": 0}
         ),
-    ).bind(config)
-    return Ingress.options(ray_actor_options={"num_cpus": 0.1}).bind(engine, config)
+    )(EngineDeployment)
+    ingress = serve.deployment(name="ingress", max_ongoing_requests=_MAX_ONGOING, ray_actor_options={"num_cpus": 0.1})(
+        Ingress
+    )
+    return ingress.bind(engine.bind(config), config)
 
 
 def servicer_functions() -> list[str]:

@@ -25,10 +25,10 @@ import grpc
 
 from protos.gen.segcore.v1 import segcore_pb2 as pb
 from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
-from segcore.engine.sampler import SamplingParams
 from segcore.errors import AlreadyExists, FailedPrecondition, SegcoreError, Unavailable
+from segcore.sampling import SamplingParams
 from services.serving import codec
-from services.serving.session import AnswerPart, DocumentInfo, SessionInfo, UploadAck
+from services.serving.messages import AnswerPart, DocumentInfo, SessionInfo, UploadAck
 from services.serving.status import error_of
 
 Source = Path | bytes | str | BinaryIO
@@ -60,7 +60,8 @@ class AsyncClient:
 
     async def server_info(self) -> pb.GetServerInfoResponse:
         with _errors():
-            return await self._info.GetServerInfo(pb.GetServerInfoRequest())
+            response: pb.GetServerInfoResponse = await self._info.GetServerInfo(pb.GetServerInfoRequest())
+        return response
 
     async def create_session(self, session_id: str | None = None, *, model: str = "") -> SessionInfo:
         """Begin a session, under a name of the caller's or a new one."""
@@ -256,9 +257,7 @@ class Client:
         document_id: str | None = None,
         on_progress: OnProgress | None = None,
     ) -> UploadAck:
-        return self._run(
-            self._client.upload(session_id, source, document_id=document_id, on_progress=on_progress)
-        )
+        return self._run(self._client.upload(session_id, source, document_id=document_id, on_progress=on_progress))
 
     def generate(self, session_id: str, question: str, params: SamplingParams | None = None) -> Iterator[AnswerPart]:
         parts = self._client.generate(session_id, question, params)
@@ -306,9 +305,7 @@ async def _ended_early(call: Any) -> SegcoreError:
     if code is grpc.StatusCode.OK:
         return Unavailable("the service ended the upload before its finish")
     return error_of(
-        grpc.aio.AioRpcError(
-            code, await call.initial_metadata(), await call.trailing_metadata(), await call.details()
-        )
+        grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(), await call.details())
     )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from protos.gen.segcore.v1 import segcore_pb2 as pb
-from segcore.engine.sampler import SamplingParams
-from services.serving.session import AnswerPart, DocumentInfo, Progress, SessionInfo, UploadAck
+from segcore.sampling import FinishReason, SamplingParams
+from services.serving.messages import AnswerPart, DocumentInfo, Progress, SessionInfo, UploadAck
 
 SCHEMA_REVISION = 1
 
-_FINISH = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH, None: pb.FINISH_REASON_UNSPECIFIED}
+_FINISH: dict[FinishReason, pb.FinishReason] = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 _SAMPLING_FIELDS = ("max_tokens", "temperature", "top_p", "top_k", "seed")
 
 
@@ -51,9 +51,7 @@ def session_from(message: pb.Session) -> SessionInfo:
 
 
 def document_to(info: DocumentInfo) -> pb.Document:
-    return pb.Document(
-        document_id=info.document_id, committed_offset=info.committed_offset, finished=info.finished
-    )
+    return pb.Document(document_id=info.document_id, committed_offset=info.committed_offset, finished=info.finished)
 
 
 def document_from(message: pb.Document) -> DocumentInfo:
@@ -87,10 +85,13 @@ def ack_from(message: pb.UploadDocumentResponse) -> UploadAck:
 
 
 def answer_to(part: AnswerPart) -> pb.GenerateResponse:
-    usage = None
-    if part.finish_reason is not None:
-        usage = pb.Usage(prompt_tokens=part.prompt_tokens, answer_tokens=part.answer_tokens)
-    return pb.GenerateResponse(text=part.text, finish_reason=_FINISH.get(part.finish_reason, 0), usage=usage)
+    if part.finish_reason is None:
+        return pb.GenerateResponse(text=part.text)
+    return pb.GenerateResponse(
+        text=part.text,
+        finish_reason=_FINISH.get(part.finish_reason, pb.FINISH_REASON_UNSPECIFIED),
+        usage=pb.Usage(prompt_tokens=part.prompt_tokens, answer_tokens=part.answer_tokens),
+    )
 
 
 def answer_from(message: pb.GenerateResponse) -> AnswerPart:

@@ -11,15 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig
 from segcore.errors import ConfigError
-from segcore.weights import DEFAULT_MODEL, cache_directory, segment_preset
+from segcore.presets import DEFAULT_MODEL, cache_directory, segment_preset
 
 
 class ServeConfig(BaseModel):
     """A segcore service.
 
     segment: fields of SegmentConfig that differ from the model's preset. threads: torch's, None for its own choice.
-    past_directory: where past KV is written through to. window_bytes: what a client may send beyond what is committed; it
-    bounds what waits when the last byte is sent, and so the time to the first token.
+    past_directory: where past KV is written through to. window_bytes: what a client may send beyond what is committed;
+    it bounds what waits when the last byte is sent, and so the time to the first token.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,7 +42,7 @@ class ServeConfig(BaseModel):
     max_session_tokens: int = Field(default=10_000_000, ge=1)
     max_document_bytes: int = Field(default=64 * MIB, ge=1)
     max_data_bytes: int = Field(default=1 * MIB, ge=1, le=3 * MIB)
-    window_bytes: int = Field(default=16 * KIB, ge=KIB)
+    window_bytes: int = Field(default=8 * KIB, ge=KIB)
 
     @classmethod
     def read(cls, path: Path) -> ServeConfig:

@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-
-import torch
-from ray import serve
 
 import segcore
-from segcore.engine.sampler import SamplingParams
 from segcore.errors import Unavailable
+from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
-from services.serving.session import AnswerPart, DocumentInfo, SessionInfo, Sessions, UploadAck
+from services.serving.messages import AnswerPart, DocumentInfo, ServerInfo, SessionInfo, UploadAck
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerInfo:
-    """What a service runs and accepts; see GetServerInfoResponse."""
-
-    version: str
-    model: str
-    architecture: str
-    policy: str
-    segment_tokens: int
-    max_sessions: int
-    max_session_tokens: int
-    max_document_bytes: int
-    max_data_bytes: int
-    window_bytes: int
-    past_bytes_per_token: int
-
-
-# A request is short or waits on the engine without holding anything, so Serve's own limit must not come first.
-@serve.deployment(name="engine", max_ongoing_requests=10_000)
 class EngineDeployment:
     """`Sessions` behind a deployment handle; its methods raise SegcoreError."""
 
     def __init__(self, config: ServeConfig) -> None:
+        # Imported here, so that the process that deploys needs no torch.
+        import torch
+
+        from services.serving.session import Sessions
+
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._config = config

@@ -6,11 +6,10 @@ import dataclasses
 import functools
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
@@ -20,7 +19,7 @@ from protos.gen.segcore.v1 import segcore_pb2 as pb
 from segcore.errors import InvalidRequest, SegcoreError, Unavailable
 from services.serving import codec
 from services.serving.config import ServeConfig
-from services.serving.session import check_name
+from services.serving.messages import check_name
 from services.serving.status import code_of, trailers_of
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ def _unary(response: type[Any]) -> Callable[[Any], Any]:
     return wrap
 
 
-def _streaming(handler: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+def _streaming(handler: Callable[..., AsyncGenerator[Any]]) -> Callable[..., AsyncIterator[Any]]:
     """The same for handlers that stream."""
 
     @functools.wraps(handler)
@@ -65,7 +64,6 @@ def _set_status(grpc_context: RayServegRPCContext, error: Exception) -> None:
     grpc_context.set_trailing_metadata(trailers_of(known))
 
 
-@serve.deployment(name="ingress", max_ongoing_requests=10_000)
 class Ingress:
     """One method per RPC, by its name; Serve finds it there."""
 
@@ -73,28 +71,38 @@ class Ingress:
         self._engine, self._config = engine, config
 
     @_unary(pb.GetServerInfoResponse)
-    async def GetServerInfo(self, request: pb.GetServerInfoRequest, grpc_context: RayServegRPCContext) -> pb.GetServerInfoResponse:
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, grpc_context: RayServegRPCContext
+    ) -> pb.GetServerInfoResponse:
         info = await self._engine.info.remote()
         return pb.GetServerInfoResponse(schema_revision=codec.SCHEMA_REVISION, **dataclasses.asdict(info))
 
     @_unary(pb.CreateSessionResponse)
-    async def CreateSession(self, request: pb.CreateSessionRequest, grpc_context: RayServegRPCContext) -> pb.CreateSessionResponse:
+    async def CreateSession(
+        self, request: pb.CreateSessionRequest, grpc_context: RayServegRPCContext
+    ) -> pb.CreateSessionResponse:
         session_id = request.session_id or _routed_session(grpc_context) or uuid.uuid4().hex
         info = await self._at(session_id, grpc_context).create.remote(session_id, request.model)
         return pb.CreateSessionResponse(session=codec.session_to(info))
 
     @_unary(pb.GetSessionResponse)
-    async def GetSession(self, request: pb.GetSessionRequest, grpc_context: RayServegRPCContext) -> pb.GetSessionResponse:
+    async def GetSession(
+        self, request: pb.GetSessionRequest, grpc_context: RayServegRPCContext
+    ) -> pb.GetSessionResponse:
         info = await self._at(request.session_id, grpc_context).get.remote(request.session_id)
         return pb.GetSessionResponse(session=codec.session_to(info))
 
     @_unary(pb.DeleteSessionResponse)
-    async def DeleteSession(self, request: pb.DeleteSessionRequest, grpc_context: RayServegRPCContext) -> pb.DeleteSessionResponse:
+    async def DeleteSession(
+        self, request: pb.DeleteSessionRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DeleteSessionResponse:
         await self._at(request.session_id, grpc_context).delete.remote(request.session_id)
         return pb.DeleteSessionResponse()
 
     @_unary(pb.GetDocumentResponse)
-    async def GetDocument(self, request: pb.GetDocumentRequest, grpc_context: RayServegRPCContext) -> pb.GetDocumentResponse:
+    async def GetDocument(
+        self, request: pb.GetDocumentRequest, grpc_context: RayServegRPCContext
+    ) -> pb.GetDocumentResponse:
         engine = self._at(request.session_id, grpc_context)
         info = await engine.get_document.remote(request.session_id, request.document_id)
         return pb.GetDocumentResponse(document=codec.document_to(info), window_bytes=self._config.window_bytes)
@@ -102,7 +110,7 @@ class Ingress:
     @_streaming
     async def UploadDocument(
         self, requests: gRPCInputStream[pb.UploadDocumentRequest], grpc_context: RayServegRPCContext
-    ) -> AsyncIterator[pb.UploadDocumentResponse]:
+    ) -> AsyncGenerator[pb.UploadDocumentResponse]:
         """One response per request. A stream that ends without a finish leaves the document open."""
         header: pb.DocumentHeader | None = None
         async for request in requests:
@@ -126,7 +134,7 @@ class Ingress:
     @_streaming
     async def Generate(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> AsyncGenerator[pb.GenerateResponse]:
         params = codec.sampling_from(request.sampling)
         engine = self._at(request.session_id, grpc_context).options(stream=True)
         parts = engine.generate.remote(request.session_id, request.question, params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -38,6 +39,7 @@ def local_service(config: ServeConfig) -> Iterator[str]:
             log_to_driver=False,
             logging_level="WARNING",
         )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(
             http_options=HTTPOptions(host=config.host, port=config.http_port),
@@ -46,7 +48,7 @@ def local_service(config: ServeConfig) -> Iterator[str]:
         serve.run(application, name=APPLICATION, route_prefix="/")
         yield f"{config.host}:{config.grpc_port}"
     finally:
-        serve.shutdown()
+        serve.delete(APPLICATION)  # lets the engine end its work and clear its disk
         if own_ray:
             ray.shutdown()
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from segcore.engine.engine import Engine
-from segcore.engine.request import FinishReason, Generation
-from segcore.engine.sampler import SamplingParams
+from segcore.engine.request import Generation
 from segcore.errors import (
     FailedPrecondition,
     InvalidDocument,
@@ -24,61 +22,13 @@ from segcore.errors import (
     SegcoreError,
     WrongOffset,
 )
+from segcore.sampling import SamplingParams
 from segcore.text import AnswerText, DocumentEncoder, check_question
 from segcore.weights import LoadedModel
 from services.serving.config import ServeConfig
+from services.serving.messages import AnswerPart, DocumentInfo, Progress, SessionInfo, UploadAck, check_name
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_QUESTION_CHARS = 100_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What streaming costs, as it goes; bytes are the whole engine's."""
-
-    processed_tokens: int
-    pending_tokens: int
-    segments: int
-    engine_bytes: int
-    past_host_bytes: int
-    past_disk_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class DocumentInfo:
-    document_id: str
-    committed_offset: int
-    finished: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionInfo:
-    session_id: str
-    model: str
-    create_time: float
-    processed_tokens: int
-    pending_tokens: int
-    segments: int
-    documents: list[DocumentInfo]
-
-
-@dataclass(frozen=True, kw_only=True)
-class UploadAck:
-    """Everything below `committed_offset` is taken."""
-
-    committed_offset: int
-    progress: Progress
-    finished: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerPart:
-    """Some text of an answer; the last part has a finish reason and the counts of tokens."""
-
-    text: str
-    finish_reason: FinishReason | None = None
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
 
 
 @dataclass
@@ -94,9 +44,7 @@ class _Document:
 
     @property
     def info(self) -> DocumentInfo:
-        return DocumentInfo(
-            document_id=self.id, committed_offset=self.committed_offset, finished=self.finished
-        )
+        return DocumentInfo(document_id=self.id, committed_offset=self.committed_offset, finished=self.finished)
 
 
 @dataclass
@@ -235,7 +183,8 @@ class Sessions:
         check_question(question)
         if len(question) > MAX_QUESTION_CHARS:
             raise InvalidRequest(
-                f"the question is longer than {MAX_QUESTION_CHARS} characters; upload it as a document", field="question"
+                f"the question is longer than {MAX_QUESTION_CHARS} characters; upload it as a document",
+                field="question",
             )
         session = self._find(session_id)
         async with session.lock:
@@ -368,9 +317,3 @@ class _Answer:
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(call)
-
-
-def check_name(name: str, value: str) -> None:
-    """Raise InvalidRequest unless `value` can name a session or document."""
-    if not _NAME.fullmatch(value):
-        raise InvalidRequest(f"{name}={value[:80]!r} must be 1 to 64 letters, digits, '-' or '_'", field=name)

@@ -51,7 +51,7 @@ def trailers_of(error: errors.SegcoreError) -> list[tuple[str, bytes]]:
     return [(_TRAILER, status.SerializeToString())]
 
 
-def error_of(call: grpc.RpcError) -> errors.SegcoreError:
+def error_of(call: grpc.aio.AioRpcError) -> errors.SegcoreError:
     """The error that a failed call stands for: what segcore said, or what its status means."""
     code, message = call.code(), call.details() or "the call failed"
     for info in _error_infos(call):
@@ -64,9 +64,9 @@ def error_of(call: grpc.RpcError) -> errors.SegcoreError:
     return _BY_CODE.get(code, errors.SegcoreError)(message)
 
 
-def _error_infos(call: grpc.RpcError) -> list[ErrorInfo]:
+def _error_infos(call: grpc.aio.AioRpcError) -> list[ErrorInfo]:
     infos = []
-    for key, value in call.trailing_metadata() or ():
+    for key, value in tuple(call.trailing_metadata() or ()):
         if key == _TRAILER:
             for detail in Status.FromString(value).details:
                 info = ErrorInfo()
