@@ -137,6 +137,7 @@ class _Upload:
         self._window = 0
         self._ended = False
         self._sent_finish = False
+        self._acknowledged = asyncio.Event()
 
     async def run(self) -> UploadAck:
         waits = iter(_RETRY_SECONDS)
@@ -154,61 +155,87 @@ class _Upload:
 
     async def _attempt(self) -> UploadAck:
         call = self._client.open_upload(self._session_id)
+        acks: asyncio.Task[UploadAck] | None = None
         try:
-            with _errors():
-                header = pb.DocumentHeader(session_id=self._session_id, document_id=self._document_id)
-                await call.write(pb.UploadDocumentRequest(header=header))
-                ack = await self._take_ack(call)
-                if not ack.finished:
-                    return await self._send(call)
-                if not self._sent_finish:
-                    raise AlreadyExists(f"document {self._document_id!r} is already uploaded; choose another id")
-                return ack  # the finish was done, and only its answer lost
-        except asyncio.InvalidStateError:  # a write after the service ended the call; its status says why
+            header = pb.DocumentHeader(session_id=self._session_id, document_id=self._document_id)
+            await call.write(pb.UploadDocumentRequest(header=header))
+            ack = await self._take_ack(call)
+            if ack.finished:  # ours, and only the answer to its finish was lost
+                return ack
+            acks = asyncio.create_task(self._take_acks(call))
+            await self._send(call, acks)
+            return await acks
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            # A write that fails says little; the status with which the call ended says why.
             raise await _ended_early(call) from None
         finally:
             call.cancel()
+            if acks is not None:
+                acks.cancel()
+                await asyncio.gather(acks, return_exceptions=True)
 
-    async def _send(self, call: Any) -> UploadAck:
+    async def _send(self, call: Any, acks: asyncio.Task[UploadAck]) -> None:
         """Send from the committed offset on, never more than the window beyond it; then finish."""
         sent = self._committed
-        while True:
-            if sent - self._committed < self._window and (data := await self._next_bytes(sent)):
-                request = pb.DocumentData(offset=sent, data=data)
-                await call.write(pb.UploadDocumentRequest(data=request))
-                sent += len(data)
-            elif sent > self._committed:
-                await self._take_ack(call)
-            else:
-                finish = pb.DocumentFinish(total_bytes=sent, sha256=self._digest.digest())
-                self._sent_finish = True
-                await call.write(pb.UploadDocumentRequest(finish=finish))
-                return await self._take_ack(call)
+        while data := await self._next_bytes(sent):
+            await call.write(pb.UploadDocumentRequest(data=pb.DocumentData(offset=sent, data=data)))
+            sent += len(data)
+            while sent - self._committed >= self._window and not acks.done():
+                self._acknowledged.clear()
+                news = asyncio.create_task(self._acknowledged.wait())
+                await asyncio.wait([acks, news], return_when=asyncio.FIRST_COMPLETED)
+                news.cancel()
+            if acks.done():
+                return
+        self._sent_finish = True
+        finish = pb.DocumentFinish(total_bytes=sent, sha256=self._digest.digest())
+        await call.write(pb.UploadDocumentRequest(finish=finish))
+
+    async def _take_acks(self, call: Any) -> UploadAck:
+        """Take acknowledgements until the one that ends the upload."""
+        while not (ack := await self._take_ack(call)).finished:
+            pass
+        return ack
 
     async def _next_bytes(self, offset: int) -> bytes:
         """The next message's bytes; empty at the document's end."""
         size = max(1, self._window // 4)
-        start = offset - self._committed
-        if start == len(self._kept) and not self._ended:
+        if offset - self._committed == len(self._kept):
+            await self._read(size)
+        start = offset - self._committed  # only now: acknowledgements move it while the source is read
+        return bytes(self._kept[start : start + size])
+
+    async def _read(self, size: int) -> None:
+        if not self._ended:
             data = await asyncio.to_thread(self._file.read, size)
             self._ended = not data
             self._digest.update(data)
             self._kept += data
-        return bytes(self._kept[start : start + size])
+
+    async def _read_to(self, offset: int) -> None:
+        """Catch up with a document that an earlier client began: its bytes count for the digest only."""
+        while self._committed + len(self._kept) < offset and not self._ended:
+            await self._read(offset - self._committed - len(self._kept))
 
     async def _take_ack(self, call: Any) -> UploadAck:
         response = await call.read()
         if response is grpc.aio.EOF:
             raise await _ended_early(call)
+        if not response.HasField("progress"):  # the empty message before a failure's status
+            return await self._take_ack(call)
         ack = codec.ack_from(response)
+        await self._read_to(ack.committed_offset)
         taken = ack.committed_offset - self._committed
         if not 0 <= taken <= len(self._kept):
             raise FailedPrecondition(
                 f"the service has {ack.committed_offset} bytes of document {self._document_id!r}, which this upload"
                 f" can't continue: it holds bytes {self._committed} to {self._committed + len(self._kept)}"
             )
+        if ack.finished and not self._sent_finish:
+            raise AlreadyExists(f"document {self._document_id!r} is already uploaded; choose another id")
         del self._kept[:taken]
         self._committed, self._window = ack.committed_offset, response.window_bytes
+        self._acknowledged.set()
         self._on_progress(ack)
         return ack
 

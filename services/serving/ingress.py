@@ -42,19 +42,23 @@ def _unary(response: type[Any]) -> Callable[[Any], Any]:
     return wrap
 
 
-def _streaming(handler: Callable[..., AsyncGenerator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    """The same for handlers that stream."""
+def _streaming(response: type[Any]) -> Callable[[Any], Any]:
+    """The same for handlers that stream. Serve sends the context along with messages only: an empty one carries it."""
 
-    @functools.wraps(handler)
-    async def run(self: Ingress, requests: Any, grpc_context: RayServegRPCContext) -> AsyncIterator[Any]:
-        try:
-            async with aclosing(handler(self, requests, grpc_context)) as responses:
-                async for response in responses:
-                    yield response
-        except Exception as error:
-            _set_status(grpc_context, error)
+    def wrap(handler: Callable[..., AsyncGenerator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        @functools.wraps(handler)
+        async def run(self: Ingress, requests: Any, grpc_context: RayServegRPCContext) -> AsyncIterator[Any]:
+            try:
+                async with aclosing(handler(self, requests, grpc_context)) as responses:
+                    async for item in responses:
+                        yield item
+            except Exception as error:
+                _set_status(grpc_context, error)
+                yield response()
 
-    return run
+        return run
+
+    return wrap
 
 
 def _set_status(grpc_context: RayServegRPCContext, error: Exception) -> None:
@@ -107,7 +111,7 @@ class Ingress:
         info = await engine.get_document.remote(request.session_id, request.document_id)
         return pb.GetDocumentResponse(document=codec.document_to(info), window_bytes=self._config.window_bytes)
 
-    @_streaming
+    @_streaming(pb.UploadDocumentResponse)
     async def UploadDocument(
         self, requests: gRPCInputStream[pb.UploadDocumentRequest], grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.UploadDocumentResponse]:
@@ -131,7 +135,7 @@ class Ingress:
             if ack.finished:
                 return
 
-    @_streaming
+    @_streaming(pb.GenerateResponse)
     async def Generate(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.GenerateResponse]:

@@ -58,9 +58,9 @@ def error_of(call: grpc.aio.AioRpcError) -> errors.SegcoreError:
         cls = _BY_REASON.get(info.reason)
         if info.domain == DOMAIN and cls is not None:
             return cls(message, **info.metadata)
-    if code is grpc.StatusCode.INTERNAL and "actor" in message:
-        # Serve reports a replica that died as INTERNAL.
-        return errors.Unavailable("the replica that held the session went away")
+    if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+        # The service's own failures bear details; this is a connection that broke, or Serve's word for a dead replica.
+        return errors.Unavailable(f"the service can't be reached just now ({message.splitlines()[0][:200]})")
     return _BY_CODE.get(code, errors.SegcoreError)(message)
 
 

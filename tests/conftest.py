@@ -1,0 +1,92 @@
+"""Shared parts: tiny random models, a tiny tokenizer, and a directory that holds both as transformers writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from segcore.config import Cell, SegmentConfig
+from segcore.model import CausalLM
+from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
+
+VOCABULARY = 300
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 8}),
+}
+
+
+def tiny_model(family: str = "llama", *, kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """Two layers, four query heads of 8: random, but the same on every call."""
+    config, model, extra = FAMILIES[family]
+    torch.manual_seed(7)
+    made = model(
+        config(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=512,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=None,
+            # Wide initial weights make attention peaky, so that what is attended to shows in the logits.
+            initializer_range=0.3,
+            tie_word_embeddings=False,
+            **extra,
+        )
+    )
+    return made.to(dtype).eval()
+
+
+def tiny_segment(**changes: object) -> SegmentConfig:
+    """A segment of 16 tokens, small enough that a short stream crosses many boundaries."""
+    values: dict[str, object] = {
+        "segment_tokens": 16,
+        "sink_tokens": 2,
+        "tail_tokens": 8,
+        "reader_tail_tokens": 4,
+        "retrieved_tokens": 8,
+        "block_tokens": 2,
+        "query_window_tokens": 6,
+        "selectors": (Cell(0, 1), Cell(1, 0)),
+    }
+    return SegmentConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm() -> CausalLM:
+    return CausalLM(tiny_model())
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in fp32 with a byte tokenizer and a chat template, on disk."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_model(dtype=torch.float32).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder

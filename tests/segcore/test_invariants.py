@@ -1,0 +1,160 @@
+"""The invariants of the design (section 10): I1, I2, I3, I8, I10, in fp64 on tiny random models, for every policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from segcore.config import CacheConfig, Cell, SegmentConfig
+from segcore.engine.runner import Runner
+from segcore.model import CausalLM
+from segcore.pastkv.manager import PastKVManager
+from segcore.policies import POLICIES
+from segcore.segments import tokens_to_next_cut
+from segcore.state import State
+from tests.conftest import FAMILIES, VOCABULARY, tiny_model, tiny_segment
+
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+MATRIX = {
+    "full": tiny_segment(policy="full"),
+    "segmented": tiny_segment(),
+    "segmented-some-readers": tiny_segment(readers=(Cell(0, 0), Cell(1, 0), Cell(1, 1))),
+    "segmented-no-sinks": tiny_segment(sink_tokens=0, reader_tail_tokens=0),
+    "segmented-refreshing": tiny_segment(refresh_tokens=5),
+    "segmented-long-tail": tiny_segment(segment_tokens=8, tail_tokens=20, reader_tail_tokens=12),
+    "segmented-local-only": tiny_segment(retrieved_tokens=0, selectors=()),
+}
+# Streams cross many boundaries and aren't multiples of the segment.
+STREAM = torch.randint(0, VOCABULARY, (133,), generator=torch.Generator().manual_seed(3))
+MARKS = (21, 37, 64, 101)
+
+
+@dataclass
+class Pass:
+    """What a pass over a stream left: logits of every token, what was retrieved after each step, the state."""
+
+    logits_TV: Tensor
+    retrieved: dict[int, list[int]]
+    state: State
+
+
+def run(lm: CausalLM, config: SegmentConfig, stream_T: Tensor, marks: tuple[int, ...] = (), step: int = 10**9) -> Pass:
+    """Run a stream through F in steps of at most `step` tokens; marks stand before the token of that index."""
+    runner = Runner(lm, config)
+    state, past = runner.begin(), PastKVManager(CacheConfig()).open_stream(runner.policy.layout)
+    logits, retrieved = [], {}
+    while state.length < len(stream_T):
+        at = state.length
+        if at in marks:
+            runner.mark(state, past)
+        next_mark = min((m for m in marks if m > at), default=len(stream_T))
+        count = min(tokens_to_next_cut(state.filled, config, step), next_mark - at, len(stream_T) - at, step)
+        logits.append(runner.advance(stream_T[at : at + count], state, past, all_logits=True))
+        retrieved[at] = state.retrieved_R.tolist()
+    return Pass(torch.cat(logits), retrieved, state)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def test_every_policy_is_in_the_matrix():
+    assert {config.policy for config in MATRIX.values()} == set(POLICIES)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", ["full", "segmented"])
+def test_i1_a_stream_within_a_segment_is_the_models_own_attention(policy, family, kv_heads):
+    config = tiny_segment(policy=policy, segment_tokens=48, selectors=((0, 0),))
+    first = 0 if policy == "full" else config.prefix_tokens
+    stream = STREAM[:45]
+    positions = torch.arange(first, first + len(stream))
+    own = tiny_model(family, kv_heads=kv_heads)(stream[None], position_ids=positions[None]).logits[0]
+    ours = run(CausalLM(tiny_model(family, kv_heads=kv_heads)), config, stream, marks=(17,), step=7)
+    torch.testing.assert_close(ours.logits_TV, own, **EXACT)
+
+
+def test_i1_full_equals_the_model_over_many_segments(tiny_lm):
+    own = tiny_model()(STREAM[None]).logits[0]
+    torch.testing.assert_close(run(tiny_lm, MATRIX["full"], STREAM).logits_TV, own, **EXACT)
+
+
+@pytest.mark.parametrize("policy", MATRIX)
+def test_i2_prefill_equals_token_by_token_decode(tiny_lm, policy):
+    whole = run(tiny_lm, MATRIX[policy], STREAM, MARKS)
+    single = run(tiny_lm, MATRIX[policy], STREAM, MARKS, step=1)
+    torch.testing.assert_close(single.logits_TV, whole.logits_TV, **EXACT)
+    shared = whole.retrieved.keys() & single.retrieved.keys()
+    ends = {at: chosen for at, chosen in single.retrieved.items() if at + 1 in whole.retrieved or at == len(STREAM) - 1}
+    assert shared
+    # After the step that ends where a step of the other pass ended, both have chosen the same.
+    starts = sorted(whole.retrieved)
+    for start, end in zip(starts, [*starts[1:], len(STREAM)], strict=True):
+        assert whole.retrieved[start] == ends[end - 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    policy=st.sampled_from(sorted(MATRIX)),
+    length=st.integers(1, 133),
+    step=st.integers(1, 40),
+    marks=st.sets(st.integers(0, 132), max_size=4),
+)
+def test_i3_any_chopping_gives_the_same_state_and_logits(tiny_lm, policy, length, step, marks):
+    stream, marks = STREAM[:length], tuple(sorted(marks))
+    whole, chopped = run(tiny_lm, MATRIX[policy], stream, marks), run(tiny_lm, MATRIX[policy], stream, marks, step)
+    torch.testing.assert_close(chopped.logits_TV, whole.logits_TV, **EXACT)
+    assert_same_state(chopped.state, whole.state)
+
+
+def assert_same_state(a: State, b: State) -> None:
+    assert (a.length, a.filled) == (b.length, b.filled)
+    assert a.retrieved_R.tolist() == b.retrieved_R.tolist()
+    for windows_a, windows_b in zip(a.layers, b.layers, strict=True):
+        for x, y in zip(windows_a, windows_b, strict=True):
+            assert (x.heads, x.start, x.base) == (y.heads, y.start, y.base)
+            live = slice(x.start, x.base + a.filled)
+            torch.testing.assert_close(x.rotated_HND[:, live], y.rotated_HND[:, live], **EXACT)
+            torch.testing.assert_close(x.k_HND[:, live], y.k_HND[:, live], **EXACT)
+            torch.testing.assert_close(x.v_HND[:, live], y.v_HND[:, live], **EXACT)
+    for x, y in zip(a.queries, b.queries, strict=True):
+        torch.testing.assert_close(x, y, **EXACT)
+
+
+@settings(max_examples=20, deadline=None)
+@given(policy=st.sampled_from(sorted(MATRIX)), at=st.integers(1, 132), token=st.integers(0, VOCABULARY - 1))
+def test_i8_no_value_depends_on_a_future_token(tiny_lm, policy, at, token):
+    perturbed = STREAM.clone()
+    perturbed[at] = (perturbed[at] + 1 + token) % VOCABULARY
+    before, after = run(tiny_lm, MATRIX[policy], STREAM, MARKS), run(tiny_lm, MATRIX[policy], perturbed, MARKS)
+    # A chunk's matrices differ in a later row only; equality is to the last bit.
+    assert torch.equal(before.logits_TV[:at], after.logits_TV[:at])
+
+
+@pytest.mark.parametrize("policy", [name for name in MATRIX if name != "full"])
+def test_i10_state_bytes_do_not_grow(tiny_lm, policy):
+    config = MATRIX[policy]
+    stream = STREAM.repeat(12)
+    assert run(tiny_lm, config, stream).state.nbytes == run(tiny_lm, config, STREAM[:40]).state.nbytes
+
+
+def test_the_past_matters(tiny_lm):
+    """Retrieval changes what comes after it: else the other tests would prove nothing about it."""
+    with_past, without = run(tiny_lm, MATRIX["segmented"], STREAM), run(tiny_lm, MATRIX["segmented-local-only"], STREAM)
+    assert (with_past.logits_TV[-1] - without.logits_TV[-1]).abs().max() > 1e-3
+    assert len(with_past.state.retrieved_R) == MATRIX["segmented"].retrieved_tokens
+
+
+def test_a_mark_chooses_anew_without_closing_the_segment(tiny_lm):
+    plain, marked = run(tiny_lm, MATRIX["segmented"], STREAM), run(tiny_lm, MATRIX["segmented"], STREAM, (121,))
+    assert torch.equal(plain.logits_TV[:121], marked.logits_TV[:121])
+    assert plain.state.retrieved_R.tolist() != marked.state.retrieved_R.tolist()
+    assert plain.state.filled == marked.state.filled
