@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from segcore.attention.sdpa import sdpa_attention
 from segcore.errors import UnsupportedModel
 
 ATTENTION_NAME = "segcore"
@@ -53,6 +54,11 @@ class Rope:
     def __init__(self, angles: nn.Module, rotate: Callable[..., tuple[Tensor, Tensor]], like: Tensor) -> None:
         self._angles, self._rotate, self._like = angles, rotate, like
         self._cos_1ND, self._sin_1ND = self._table(1024)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of a head that are rotated."""
+        return self._cos_1ND.shape[-1]
 
     def _table(self, positions: int) -> tuple[Tensor, Tensor]:
         ids = torch.arange(positions, device=self._like.device)[None]
@@ -102,6 +108,9 @@ def _attention(
     _, heads, tokens, dim = query.shape
     kv_heads = key.shape[1]
     scale = dim**-0.5 if scaling is None else scaling
+    for term in ("sliding_window", "softcap", "s_aux"):
+        if extra.get(term) is not None:
+            raise UnsupportedModel(f"{type(module).__name__} can't be run exactly: its attention has a {term} term")
     q = query[0].view(kv_heads, heads // kv_heads, tokens, dim)
     out_HGTD = segcore_attend(cast(int, module.layer_idx), q, key[0], value[0], scale)
     return out_HGTD.reshape(heads, tokens, dim).transpose(0, 1)[None], None
@@ -116,17 +125,18 @@ class CausalLM:
     def __init__(self, model: PreTrainedModel) -> None:
         check_supported(model)
         base = cast(Any, model.base_model)
-        rotary = base.rotary_emb
         weight = next(model.parameters())
-        attention = _attention_modules(model)[0]
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        self.rope = Rope(rotary, rotate, torch.empty(0, dtype=weight.dtype, device=weight.device))
-        expected = _stock_logits(model)
-        base.rotary_emb = _NoRotation(self.rope._cos_1ND.shape[-1])
-        model.set_attn_implementation(ATTENTION_NAME)
+        rotate = sys.modules[type(_attention_modules(model)[0]).__module__].apply_rotary_pos_emb
+        self.rope = Rope(base.rotary_emb, rotate, torch.empty(0, dtype=weight.dtype, device=weight.device))
         self.model = model.eval().requires_grad_(False)
-        self.spec = self._measure()
-        self._check_parity(expected)
+        own_logits = _own_logits(model)
+        model.set_attn_implementation(ATTENTION_NAME)
+        own_rotation = self._record()
+        base.rotary_emb = _NoRotation(self.rope.rotary_dim)
+        unrotated = self._record()
+        self.spec = self._measure(unrotated)
+        self._check_rotation(unrotated, own_rotation)
+        self._check_logits(own_logits)
 
     def __call__(self, tokens_T: Tensor, attend: Attend, *, all_logits: bool = False) -> Tensor:
         """One forward pass over the tokens; logits of the last token, [1, V], or of all, [T, V]."""
@@ -138,55 +148,78 @@ class CausalLM:
         )
         return cast(Tensor, output.logits[0])
 
-    def _measure(self) -> ModelSpec:
-        """Read the shape off a pass over one token, so that no config field's name or meaning is guessed."""
-        shapes: dict[int, tuple[torch.Size, torch.Size]] = {}
+    def _record(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """The queries, [H*G, T, D], and keys, [H, T, D], that reach attention in each layer, for the probe's tokens."""
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
 
         def look(layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
-            shapes[layer] = (q_HGTD.shape, v_HTD.shape)
+            if v_HTD.shape != k_HTD.shape:
+                raise UnsupportedModel(f"{type(self.model).__name__}: its values differ in shape from its keys")
+            seen[layer] = (q_HGTD.flatten(0, 1), k_HTD)
+            # What attention returns doesn't matter, as long as it is the same with and without rotation.
             return torch.zeros_like(q_HGTD)
 
-        weight = next(self.model.parameters())
         with torch.inference_mode():
-            logits = self(torch.zeros(1, dtype=torch.long, device=weight.device), look)
-        name = type(self.model).__name__
-        layers = _config(self.model).num_hidden_layers
-        if sorted(shapes) != list(range(layers)):
-            raise UnsupportedModel(f"{name}: only layers {sorted(shapes)} of {layers} call the attention interface")
-        (kv_heads, group, _, dim), v_shape = shapes[0]
-        if any(shape != shapes[0] for shape in shapes.values()) or v_shape[-1] != dim:
-            raise UnsupportedModel(f"{name}: its layers differ in heads or head dimension, or keys differ from values")
+            self(_probe_tokens(self.model), look)
+        return seen
+
+    def _measure(self, seen: dict[int, tuple[Tensor, Tensor]]) -> ModelSpec:
+        """Read the shape off what reached attention, so that no config field's name or meaning is guessed."""
+        name, config = type(self.model).__name__, _config(self.model)
+        if sorted(seen) != list(range(config.num_hidden_layers)):
+            raise UnsupportedModel(
+                f"{name}: only layers {sorted(seen)} of {config.num_hidden_layers} call the attention interface"
+            )
+        q, k = seen[0]
+        if any((x.shape, y.shape) != (q.shape, k.shape) for x, y in seen.values()):
+            raise UnsupportedModel(f"{name}: its layers differ in heads or head dimension")
         return ModelSpec(
             architecture=name,
-            layers=layers,
-            kv_heads=kv_heads,
-            queries_per_kv_head=group,
-            head_dim=dim,
-            vocabulary=logits.shape[-1],
-            max_positions=_config(self.model).max_position_embeddings,
-            dtype=weight.dtype,
-            device=weight.device,
+            layers=len(seen),
+            kv_heads=k.shape[0],
+            queries_per_kv_head=q.shape[0] // k.shape[0],
+            head_dim=k.shape[-1],
+            vocabulary=config.vocab_size,
+            max_positions=config.max_position_embeddings,
+            dtype=k.dtype,
+            device=k.device,
         )
 
-    def _check_parity(self, expected_TV: Tensor) -> None:
-        """Refuse a model that computes something other than RoPE attention: compare with its own code."""
+    def _check_rotation(
+        self, plain: dict[int, tuple[Tensor, Tensor]], rotated: dict[int, tuple[Tensor, Tensor]]
+    ) -> None:
+        """Refuse a model that rotates otherwise than `rope` does, in any layer."""
+        for layer, (q, k) in plain.items():
+            for ours, own in zip(self.rope(q, k, 0), rotated[layer], strict=True):
+                if not _relative_error(ours, own) <= _rounding(own.dtype):
+                    raise UnsupportedModel(
+                        f"{self.spec.architecture}: layer {layer} doesn't rotate queries and keys as RoPE does"
+                    )
+
+    def _check_logits(self, own_TV: Tensor) -> None:
+        """Refuse a model whose attention does more than softmax over rotated keys."""
 
         def attend(layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
             q, k = self.rope(q_HGTD.flatten(0, 1), k_HTD, 0)
-            return nn.functional.scaled_dot_product_attention(
-                q[None], k[None], v_HTD[None], is_causal=True, scale=scale, enable_gqa=True
-            ).view_as(q_HGTD)
+            return sdpa_attention(q.view_as(q_HGTD), k, v_HTD, scale)
 
         with torch.inference_mode():
-            got_TV = self(_probe_tokens(self.model), attend, all_logits=True)
-        error = ((got_TV - expected_TV).abs().max() / expected_TV.abs().max()).item()
-        # Rounding alone stays far below these; a wrong rotation or a missing term is of order 0.1 to 1.
-        limit = 0.05 if expected_TV.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        if not error <= limit:
+            ours_TV = self(_probe_tokens(self.model), attend, all_logits=True)
+        error = _relative_error(ours_TV, own_TV)
+        if not error <= 10 * _rounding(own_TV.dtype):  # rounding adds up over the layers
             raise UnsupportedModel(
-                f"{self.spec.architecture}: its attention isn't plain RoPE attention: with segcore's, its logits "
-                f"differ from its own code's by {error:.2g} of their range"
+                f"{self.spec.architecture}: its attention isn't plain RoPE attention: with segcore's, its logits"
+                f" differ from its own code's by {error:.2g} of their range"
             )
+
+
+def _relative_error(ours: Tensor, own: Tensor) -> float:
+    return float((ours - own).abs().max() / own.abs().max())
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far apart two orders of the same arithmetic may end up, relative to the largest value."""
+    return 0.01 if dtype in (torch.float16, torch.bfloat16) else 1e-5
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -205,11 +238,9 @@ def check_supported(model: PreTrainedModel) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         refuse(f"its layers are of kinds {', '.join(sorted(kinds))}; only full attention can be segmented")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        refuse(f"its layers attend within a sliding window of {config.sliding_window} tokens")
-    for term in ("attn_logit_softcapping",):
-        if getattr(config, term, None):
-            refuse(f"its attention has an extra term ({term})")
+    window = getattr(config, "sliding_window", None)
+    if window and not getattr(config, "layer_types", None) and getattr(config, "use_sliding_window", True):
+        refuse(f"its layers attend within a sliding window of {window} tokens")
     rotary = getattr(model.base_model, "rotary_emb", None)
     if rotary is None:
         refuse("it has no rotary_emb module, so its positions aren't RoPE, or not where transformers keeps them")
@@ -237,6 +268,6 @@ def _probe_tokens(model: PreTrainedModel) -> Tensor:
     return torch.randint(0, _config(model).vocab_size, (24,), generator=generator).to(model.device)
 
 
-def _stock_logits(model: PreTrainedModel) -> Tensor:
+def _own_logits(model: PreTrainedModel) -> Tensor:
     with torch.inference_mode():
         return cast(Tensor, model.eval()(input_ids=_probe_tokens(model)[None], use_cache=False).logits[0])

@@ -116,7 +116,14 @@ class AsyncClient:
                 async for response in call:
                     yield codec.answer_from(response)
         finally:
-            call.cancel()
+            if not call.done():
+                call.cancel()
+                await self.cancel_answer(session_id)
+
+    async def cancel_answer(self, session_id: str) -> None:
+        """End the session's answer, if it is answering: this client's, or that of one that is gone."""
+        request = pb.CancelAnswerRequest(session_id=session_id)
+        await _retried(lambda: self._generation.CancelAnswer(request, metadata=_route(session_id)))
 
     def open_upload(self, session_id: str) -> Any:
         """The bare bidirectional call, for those who speak the protocol themselves."""
@@ -293,6 +300,9 @@ class Client:
                 yield part
         finally:
             self._run(parts.aclose())  # type: ignore[attr-defined]
+
+    def cancel_answer(self, session_id: str) -> None:
+        self._run(self._client.cancel_answer(session_id))
 
     def _run(self, work: Awaitable[T]) -> T:
         future = asyncio.run_coroutine_threadsafe(_awaited(work), self._loop)

@@ -72,6 +72,9 @@ class EngineDeployment:
     async def get_document(self, session_id: str, document_id: str) -> DocumentInfo:
         return await self._sessions.get_document(session_id, document_id)
 
+    async def cancel_answer(self, session_id: str) -> None:
+        await self._sessions.cancel_answer(session_id)
+
     async def generate(self, session_id: str, question: str, params: SamplingParams) -> AsyncIterator[AnswerPart]:
         async for part in self._sessions.generate(session_id, question, params):
             yield part

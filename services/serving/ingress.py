@@ -111,6 +111,13 @@ class Ingress:
         info = await engine.get_document.remote(request.session_id, request.document_id)
         return pb.GetDocumentResponse(document=codec.document_to(info), window_bytes=self._config.window_bytes)
 
+    @_unary(pb.CancelAnswerResponse)
+    async def CancelAnswer(
+        self, request: pb.CancelAnswerRequest, grpc_context: RayServegRPCContext
+    ) -> pb.CancelAnswerResponse:
+        await self._at(request.session_id, grpc_context).cancel_answer.remote(request.session_id)
+        return pb.CancelAnswerResponse()
+
     @_streaming(pb.UploadDocumentResponse)
     async def UploadDocument(
         self, requests: gRPCInputStream[pb.UploadDocumentRequest], grpc_context: RayServegRPCContext

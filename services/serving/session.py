@@ -60,7 +60,7 @@ class _Session:
     started: bool = False
     turn_open: bool = False
     last_token: int | None = None
-    answering: bool = False
+    answer: _Answer | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -192,7 +192,7 @@ class Sessions:
             self._check_none_open(session)
             prompt_tokens = self._ask(session, question)
             answer = _Answer(self._model, params)
-            session.answering = True
+            session.answer = answer
             self._engine.generate(session_id, answer.generation)
         answer.generation.done.add_done_callback(answer.on_loop(lambda: self._end_answer(session, answer)))
         try:
@@ -207,6 +207,13 @@ class Sessions:
             )
         finally:
             self._engine.abort(answer.generation)
+
+    async def cancel_answer(self, session_id: str) -> None:
+        """End the answer under way, if any; returns when the session takes calls again."""
+        answer = self._find(session_id).answer
+        if answer is not None:
+            self._engine.abort(answer.generation)
+            await asyncio.wait([asyncio.wrap_future(answer.generation.done)])
 
     def _ask(self, session: _Session, question: str) -> int:
         """Put a question and its turn mark into the stream; returns the stream's length after it."""
@@ -236,7 +243,7 @@ class Sessions:
         return chat.reopen(session.last_token) if session.started else chat.head
 
     def _end_answer(self, session: _Session, answer: _Answer) -> None:
-        session.answering = False
+        session.answer = None
         session.last_token = answer.last_token
 
     def _find(self, session_id: str) -> _Session:
@@ -245,7 +252,7 @@ class Sessions:
         return self._sessions[session_id]
 
     def _check_idle(self, session: _Session) -> None:
-        if session.answering:
+        if session.answer is not None:
             raise FailedPrecondition(f"session {session.id!r} is answering; wait for the answer's end, or cancel it")
 
     def _document(self, session: _Session, document_id: str) -> _Document:

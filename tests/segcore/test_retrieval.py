@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segcore.retrieval import NEIGHBOUR_MARGIN, choose_blocks, score_tokens
@@ -46,12 +46,14 @@ def cases(draw):
     return scores, {"first": first, "stop": stop, "tokens": block * draw(st.integers(0, 6)), "block": block}
 
 
+@settings(deadline=None)
 @given(cases())
 def test_choice_equals_the_literal_reading(case):
     scores, limits = case
     assert choose(scores, **limits) == literal_choice(scores, **limits)
 
 
+@settings(deadline=None)
 @given(cases())
 def test_choice_keeps_its_promises(case):
     """At most R, ascending, no duplicates, candidates only, and as many blocks as there are to be had."""
@@ -65,6 +67,7 @@ def test_choice_keeps_its_promises(case):
     assert len({p // block for p in chosen}) == min(available, limits["tokens"] // block)
 
 
+@settings(deadline=None)
 @given(cases(), st.floats(-9.0, 9.0))
 def test_scores_of_non_candidates_do_not_matter(case, garbage):
     scores, limits = case
@@ -138,6 +141,7 @@ def scorings(draw):
     return queries, whole_numbers(len(groups), sum(sizes), dim, seed=seed + 9), sizes
 
 
+@settings(deadline=None)
 @given(scorings(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 def test_scores_equal_the_literal_reading_in_any_pieces(case, dtype):
     queries, keys_CND, sizes = case

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segcore.engine.sampler import sample
@@ -15,10 +15,11 @@ PROBABILITIES = [0.05, 0.4, 0.15, 0.3, 0.1]
 LOGITS = torch.tensor(PROBABILITIES, dtype=torch.float64).log()
 
 
-def draws(logits, count=400, seed=0, **params):
+def draws(logits, count=300, seed=0, **params):
     return [sample(logits, SamplingParams(seed=seed, **{"temperature": 1.0, **params}), i) for i in range(count)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=20, unique=True), st.integers(0, MAX_SEED))
 def test_greedy_takes_the_largest(logits, seed):
     params = SamplingParams(temperature=0.0, top_k=3, top_p=0.5, seed=seed)
@@ -51,10 +52,18 @@ def test_only_and_all_tokens_that_the_filters_keep_come(params, support):
     assert set(draws(LOGITS, **params)) == support
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.5, 0), (3.0, 0), (1.0, 3)])
-def test_frequencies_match_the_probabilities(dtype, temperature, top_k):
-    count = 3000
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "dtype"),
+    [
+        (1.0, 0, torch.float32),
+        (1.0, 0, torch.bfloat16),
+        (0.5, 0, torch.float32),
+        (3.0, 0, torch.float64),
+        (1.0, 3, torch.float32),
+    ],
+)
+def test_frequencies_match_the_probabilities(temperature, top_k, dtype):
+    count = 1200
     drawn = draws(LOGITS.to(dtype), count, seed=5, temperature=temperature, top_k=top_k)
     weights = [p ** (1 / temperature) for p in PROBABILITIES]
     kept = sorted(weights)[-top_k:] if top_k else weights
@@ -63,6 +72,7 @@ def test_frequencies_match_the_probabilities(dtype, temperature, top_k):
         assert abs(drawn.count(token) / count - want) <= 4 * math.sqrt(want * (1 - want) / count)
 
 
+@settings(deadline=None)
 @given(st.integers(0, MAX_SEED), st.integers(0, 10**6))
 def test_a_draw_depends_on_seed_and_index_alone(seed, index):
     params = SamplingParams(temperature=1.0, seed=seed)
@@ -75,11 +85,11 @@ def test_a_draw_depends_on_seed_and_index_alone(seed, index):
 
 def test_different_indices_and_seeds_draw_differently():
     """Also for neighbouring seeds, one of which must not be the other's stream shifted by some tokens."""
-    flat = torch.zeros(50_000)
-    streams = [draws(flat, 60, seed=seed) for seed in (0, 1, 2, MAX_SEED - 1, MAX_SEED)]
-    assert all(len(set(stream)) >= 58 for stream in streams)
+    flat = torch.zeros(20_000)
+    streams = [draws(flat, 30, seed=seed) for seed in (0, 1, 2, MAX_SEED - 1, MAX_SEED)]
+    assert all(len(set(stream)) >= 29 for stream in streams)
     everything = [token for stream in streams for token in stream]
-    assert len(set(everything)) >= 295
+    assert len(set(everything)) >= 145
 
 
 @pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segcore.config import CacheConfig, Cell, EngineConfig, SegmentConfig
@@ -26,6 +26,7 @@ def literal_cuts(segment: SegmentConfig, chunk_tokens: int) -> list[int]:
     return [n for n in range(1, size + 1) if n == size or any(n % step == 0 for step in steps)]
 
 
+@settings(deadline=None)
 @given(cuttings())
 def test_next_cut_is_the_nearest_multiple_or_the_end(case):
     segment, chunk_tokens, filled = case
@@ -33,6 +34,7 @@ def test_next_cut_is_the_nearest_multiple_or_the_end(case):
     assert filled + tokens_to_next_cut(filled, segment, chunk_tokens) == want
 
 
+@settings(deadline=None)
 @given(cuttings(), st.lists(st.integers(1, 50), min_size=1))
 def test_cuts_do_not_depend_on_how_tokens_arrive(case, arrivals):
     """However few tokens a pass gets, passes end at every cut and none crosses one."""
@@ -53,6 +55,7 @@ def test_a_full_segment_has_no_next_cut(filled):
         tokens_to_next_cut(filled, SegmentConfig(segment_tokens=8), 4)
 
 
+@settings(deadline=None)
 @given(cuttings())
 def test_refresh_points_are_inner_multiples(case):
     segment, chunk_tokens, filled = case

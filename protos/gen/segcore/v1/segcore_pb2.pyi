@@ -199,6 +199,16 @@ class GenerateResponse(_message.Message):
     usage: Usage
     def __init__(self, text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
+class CancelAnswerRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class CancelAnswerResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "answer_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]

@@ -326,6 +326,11 @@ class GenerationServiceStub:
                 request_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.CancelAnswer = channel.unary_unary(
+                '/segcore.v1.GenerationService/CancelAnswer',
+                request_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.CancelAnswerRequest.SerializeToString,
+                response_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.CancelAnswerResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer:
@@ -333,8 +338,15 @@ class GenerationServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Asks a question about all that was streamed into the session, and streams the answer. A call that is cancelled
-        ends the answer where it is; the session stays usable.
+        """Asks a question about all that was streamed into the session, and streams the answer. The session takes nothing
+        else meanwhile. A client that stops reading should also call CancelAnswer: a proxy may swallow a cancellation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelAnswer(self, request, context):
+        """Ends the session's answer where it is; returns when it has ended, or at once if there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -347,6 +359,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.GenerateResponse.SerializeToString,
+            ),
+            'CancelAnswer': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelAnswer,
+                    request_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.CancelAnswerRequest.FromString,
+                    response_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.CancelAnswerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -377,6 +394,33 @@ class GenerationService:
             '/segcore.v1.GenerationService/Generate',
             protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.GenerateRequest.SerializeToString,
             protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelAnswer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segcore.v1.GenerationService/CancelAnswer',
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.CancelAnswerRequest.SerializeToString,
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.CancelAnswerResponse.FromString,
             options,
             channel_credentials,
             insecure,
