@@ -59,6 +59,8 @@ class SegmentConfig:
             raise ConfigError(
                 f"retrieved_tokens={self.retrieved_tokens} must be a multiple of block_tokens={self.block_tokens}"
             )
+        if self.refresh_tokens is not None:
+            _require_at_least(self, 1, "refresh_tokens")
         if self.refresh_tokens is not None and not 1 <= self.refresh_tokens < self.segment_tokens:
             raise ConfigError(
                 f"refresh_tokens={self.refresh_tokens} must lie between 1 and segment_tokens - 1, or be None"

@@ -28,6 +28,11 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise InvalidRequest(f"{name}={getattr(self, name)!r} must be a whole number", field=name)
+        if not isinstance(self.stop, tuple):
+            raise InvalidRequest(f"stop={self.stop!r} must be a tuple of strings", field="stop")
         checks = [
             ("max_tokens", 1 <= self.max_tokens <= 1_000_000, "between 1 and 1,000,000"),
             ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 (greedy) and 100"),

@@ -6,12 +6,13 @@ The engine sees tokens only; services, training and evaluation all come through 
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
-from tokenizers.decoders import DecodeStream
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from segcore.errors import InvalidDocument, InvalidRequest, UnsupportedModel
@@ -21,7 +22,6 @@ PIECE_CHARS = 4096
 # A piece ends before a single space between two letters or digits. Byte-level BPE starts a new word there whatever
 # follows, so pieces yield the tokens of the whole text.
 _WORD_GAP = re.compile(r"(?<=[^\W_])(?= [^\W_])")
-_ANCHOR = "a"
 
 
 class TextTokenizer:
@@ -33,9 +33,7 @@ class TextTokenizer:
                 f"{type(tokenizer).__name__}: only tokenizers of the 'tokenizers' library stream text"
             )
         self.tokenizer = tokenizer
-        # Some tokenizers put a word mark before whatever text they are given; a later piece must not get one.
-        anchor = self.encode(_ANCHOR)
-        self._anchor_tokens = 0 if self.encode(_ANCHOR + " b") == anchor + self.encode(" b") else len(anchor)
+        self._continuation = _without_word_mark(tokenizer.backend_tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; nothing is added, and the names of special tokens are ordinary text."""
@@ -44,13 +42,35 @@ class TextTokenizer:
 
     def encode_continuation(self, text: str) -> list[int]:
         """Tokens of a text that continues another one."""
-        if not self._anchor_tokens:
-            return self.encode(text)
-        return self.encode(_ANCHOR + text)[self._anchor_tokens :]
+        return self._continuation.encode(text, add_special_tokens=False).ids
 
     def encode_template(self, text: str) -> list[int]:
         """Tokens of a chat template's own text: special tokens count as such."""
         return cast(list[int], self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _without_word_mark(backend: Tokenizer) -> Tokenizer:
+    """The same tokenizer, but for text in the middle: no word mark is put before what it is given."""
+
+    def middle(part: Any) -> Any:
+        if isinstance(part, list):
+            return [middle(p) for p in part if not (isinstance(p, dict) and p.get("type") == "Prepend")]
+        if not isinstance(part, dict):
+            return part
+        changed = {name: middle(value) for name, value in part.items()}
+        if part.get("type") == "Metaspace":
+            changed["prepend_scheme"] = "never"
+        if part.get("type") == "ByteLevel":
+            changed["add_prefix_space"] = False
+        return changed
+
+    parts = json.loads(backend.to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        part = parts[name]
+        parts[name] = None if part is not None and part["type"] == "Prepend" else middle(part)
+    twin = Tokenizer.from_str(json.dumps(parts))
+    twin.encode_special_tokens = True
+    return twin
 
 
 class DocumentEncoder:
@@ -62,6 +82,11 @@ class DocumentEncoder:
         self._text = ""
         self._started = False
         self.bytes_taken = 0
+
+    @property
+    def most_tokens_held(self) -> int:
+        """How many tokens, at most, are still to come from the bytes taken: a token has at least one byte."""
+        return len(self._text.encode())
 
     def fork(self) -> DocumentEncoder:
         """An independent encoder that has taken the same bytes; feed it to try bytes out."""
@@ -164,9 +189,8 @@ class ChatFormat:
 
     def prompt_tail(self, question: Sequence[int]) -> tuple[list[int], list[int]]:
         """The tokens before and after the turn mark that end a user's turn with `question`."""
-        if self.header:
-            return [*question, *self.end_of_user], self.header
-        return list(question[:-1]), list(question[-1:])
+        turn = [*question, *self.end_of_user]
+        return (turn, self.header) if self.header else (turn[:-1], turn[-1:])
 
     def reopen(self, last_token: int | None) -> list[int]:
         """The tokens from an answer that ended with `last_token` to the next user's text."""
@@ -200,7 +224,8 @@ class AnswerText:
 
     def __init__(self, tokenizer: TextTokenizer, end_tokens: frozenset[int], stop: Sequence[str]) -> None:
         self._backend = tokenizer.tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._tokens: list[int] = []
+        self._shown, self._read = 0, 0  # tokens [shown, read) give the context in which the rest is decoded
         self._end_tokens, self._stop = end_tokens, stop
         self._held = ""
         self.finished = False
@@ -210,11 +235,13 @@ class AnswerText:
         if token in self._end_tokens:
             self.finished = True
             return self.flush()
-        self._held += self._stream.step(self._backend, token) or ""
-        at = min((i for i in (self._held.find(s) for s in self._stop) if i >= 0), default=-1)
-        if at >= 0:
+        self._tokens.append(token)
+        self._held += self._decode(whole=False)
+        # The first to be complete counts, so that the answer doesn't depend on how tokens cut it.
+        found = [(i + len(s), i) for s in self._stop if (i := self._held.find(s)) >= 0]
+        if found:
             self.finished = True
-            text, self._held = self._held[:at], ""
+            text, self._held = self._held[: min(found)[1]], ""
             return text
         keep = max((_overlap(self._held, s) for s in self._stop), default=0)
         cut = len(self._held) - keep
@@ -222,8 +249,22 @@ class AnswerText:
         return text
 
     def flush(self) -> str:
-        """What was held back, when no more tokens come."""
-        text, self._held = self._held, ""
+        """What was held back, when no more tokens come; a character that was cut off is left out."""
+        text, self._held = self._held + self._decode(whole=True), ""
+        return text
+
+    def _decode(self, *, whole: bool) -> str:
+        """The text of the tokens not yet read; nothing if it ends inside a character, unless it is to end there.
+
+        Decoded behind a few earlier tokens, since a token's text can depend on its neighbours.
+        """
+        before = self._backend.decode(self._tokens[self._shown : self._read])
+        text: str = self._backend.decode(self._tokens[self._shown :])[len(before) :]
+        if text.endswith("\ufffd"):
+            if not whole:
+                return ""
+            text = text.rstrip("\ufffd")
+        self._shown, self._read = self._read, len(self._tokens)
         return text
 
 

@@ -33,4 +33,5 @@ def sdpa_attention(q_HGTD: Tensor, k_HND: Tensor, v_HND: Tensor, scale: float) -
 @functools.lru_cache(maxsize=4)  # the layers of one forward pass share a mask
 def _causal_mask(tokens: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[T, N], to be added to the scores: 0 where a query may look, else minus infinity."""
-    return torch.full((tokens, keys), -torch.inf, dtype=dtype, device=device).triu(keys - tokens + 1)
+    with torch.inference_mode(False):  # an inference tensor couldn't serve a later training pass
+        return torch.full((tokens, keys), -torch.inf, dtype=dtype, device=device).triu(keys - tokens + 1)

@@ -12,10 +12,11 @@ def sample(logits_V: Tensor, params: SamplingParams, index: int) -> int:
     """The answer's token number `index`. Filters as usual: temperature, then top-k, then top-p (nucleus)."""
     if params.temperature == 0.0:
         return int(logits_V.argmax())
-    values, tokens = (logits_V.float() / params.temperature).sort(descending=True, stable=True)
+    values, tokens = logits_V.float().sort(descending=True, stable=True)
     if params.top_k:
         values, tokens = values[: params.top_k], tokens[: params.top_k]
-    probabilities = values.softmax(dim=-1)
+    # In fp64, and the largest at zero, so that no temperature overflows.
+    probabilities = ((values - values[0]).double() / params.temperature).softmax(dim=-1)
     # Keep the smallest set that reaches top_p: a token stays if those before it fall short.
     kept = probabilities.cumsum(dim=-1) - probabilities < params.top_p
     probabilities = probabilities[kept].cpu()

@@ -8,6 +8,7 @@ import os
 import shutil
 import uuid
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,11 +35,14 @@ class DiskTier:
         self._sizes: dict[BlockKey, int] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(directory)
-            self.folder = directory / f"engine-{uuid.uuid4().hex}"
-            self.folder.mkdir()
-            self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 - held open for the tier's life
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            with open(directory / "start.lock", "w") as starting:
+                # One tier starts at a time: else another could take a folder for abandoned before it is locked.
+                fcntl.flock(starting, fcntl.LOCK_EX)
+                _remove_abandoned(directory)
+                self.folder = directory / f"engine-{uuid.uuid4().hex}"
+                self.folder.mkdir()
+                self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 - held open for the tier's life
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:
             raise PastKVError(f"past KV can't be kept in {directory}: {error.strerror}") from error
 
@@ -55,7 +59,8 @@ class DiskTier:
             save_file({"kv": block_SC2D, "crc32": _page_checksums(block_SC2D)}, partial)
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
             raise (StorageFull if full else PastKVError)(f"can't write past KV: {error}") from error
         self._sizes[key] = block_SC2D.nbytes
@@ -96,7 +101,7 @@ def _page_checksums(block_SC2D: Tensor) -> Tensor:
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data)
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, zlib.crc32(str(tensor.dtype).encode()))
 
 
 def _remove_abandoned(directory: Path) -> None:

@@ -138,7 +138,10 @@ class Sessions:
                 raise self._too_long(self._config.max_document_bytes)
             encoder = document.encoder.fork()
             tokens = await asyncio.to_thread(encoder.feed, data)
-            self._engine.append(session_id, self._opening(session, document) + tokens)
+            opening = self._opening(session, document)
+            # What the encoder holds back must fit too, or the document could never be finished.
+            self._check_room(session_id, len(opening) + len(tokens) + encoder.most_tokens_held)
+            self._engine.append(session_id, opening + tokens)
             document.encoder = encoder
             document.digest.update(data)
             session.started = session.turn_open = True
@@ -220,17 +223,19 @@ class Sessions:
         chat, tokenizer = self._model.chat, self._model.tokenizer
         text = tokenizer.encode_continuation(question) if session.turn_open else tokenizer.encode(question)
         before, after = chat.prompt_tail(self._opening(session) + text)
-        stats = self._engine.session_stats(session.id)
-        length = stats.tokens + stats.pending_tokens + len(before) + len(after)
-        if length >= self._engine.max_stream_tokens:
-            raise LimitExceeded(
-                f"the question would make the stream longer than {self._engine.max_stream_tokens} tokens",
-                max_tokens=self._engine.max_stream_tokens,
-            )
+        length = self._check_room(session.id, len(before) + len(after) + 1) - 1
         self._engine.append(session.id, before)
         self._engine.mark(session.id)
         self._engine.append(session.id, after)
         session.started, session.turn_open = True, False
+        return length
+
+    def _check_room(self, session_id: str, tokens: int) -> int:
+        """The stream's length with so many more tokens. Raises LimitExceeded if that is too long."""
+        stats, limit = self._engine.session_stats(session_id), self._engine.max_stream_tokens
+        length = stats.tokens + stats.pending_tokens + tokens
+        if length > limit:
+            raise LimitExceeded(f"the stream would be longer than {limit} tokens", max_tokens=limit)
         return length
 
     def _opening(self, session: _Session, document: _Document | None = None) -> list[int]:

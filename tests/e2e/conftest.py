@@ -22,7 +22,7 @@ SEGMENT = {
     "selectors": ((0, 1), (1, 0)),
 }
 MAX_DOCUMENT_BYTES = 20_000
-MAX_SESSION_TOKENS = 15_000
+MAX_SESSION_TOKENS = 25_000
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from protos.gen.segcore.v1 import segcore_pb2 as pb
 from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
 from segcore import errors
 from segcore.sampling import SamplingParams
+from segcore.text import PIECE_CHARS
 from services.serving.client import AsyncClient, Client
 from services.serving.status import code_of, error_of
 from tests.e2e.conftest import MAX_DOCUMENT_BYTES, MAX_SESSION_TOKENS
@@ -185,11 +186,11 @@ def test_a_document_beyond_the_limit_is_refused_where_it_crosses_it(client, sess
 
 
 def test_a_stream_beyond_the_longest_session_is_refused(client, session):
-    client.upload(session, "x" * (MAX_SESSION_TOKENS - 1000))
+    client.upload(session, "x" * (MAX_DOCUMENT_BYTES - 1000))
     with pytest.raises(errors.LimitExceeded, match=str(MAX_SESSION_TOKENS)):
-        client.upload(session, "y" * 2000, document_id="more")
+        client.upload(session, "y" * 9000, document_id="more")
     committed = client.get_document(session, "more").committed_offset
-    assert 0 < committed < 2000
+    assert 0 < committed < 9000
     assert client.upload(session, "y" * committed, document_id="more").finished
 
 
@@ -252,8 +253,8 @@ def test_an_engine_that_lags_pushes_back(address, client, session):
             most = max(most, client.get_session(session).pending_tokens)
             time.sleep(0.02)
         call.cancel()
-    # At most what one message holds beyond what makes `append` wait.
-    assert most <= 1024 + 2000
+    # What makes `append` wait, and beyond it the piece of text that one message completes.
+    assert most <= 1024 + PIECE_CHARS + 2000
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -84,7 +84,7 @@ def test_the_answer_does_not_depend_on_how_the_document_arrives(client, session,
         def read(self, wanted=-1):
             return super().read(min(wanted, size))
 
-    document = DOCUMENT if size > 1 else DOCUMENT[:1500]
+    document = DOCUMENT if size > 1 else DOCUMENT[:300]
     client.upload(session, Dribble(document.encode()))
     if size > 1:
         assert answer(client, session) == unbroken_answer

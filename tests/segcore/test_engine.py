@@ -46,7 +46,7 @@ def make_engine(tiny_lm: CausalLM, tmp_path: Path) -> Iterator[Callable[..., Eng
     yield make
     for engine in made:
         engine.shutdown()
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("engine-*"))
 
 
 def generation(tokens: list[int], *, count: int = 12, stop_at: int | None = None) -> Generation:

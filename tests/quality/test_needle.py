@@ -1,0 +1,90 @@
+"""The real model finds what it can no longer see: needles in prose, at lengths that aren't multiples of the segment."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+
+import segcore
+from segcore.engine.engine import Engine
+from segcore.errors import SegcoreError
+from tests.quality.prose import sentences
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+LENGTHS = (3500, 7900)
+NEEDLES = 8
+INTRODUCTION = "A special magic number is hidden within the following text. Make sure to memorize it.\n"
+KEYS = [
+    "blue-river",
+    "quiet-lamp",
+    "tall-garden",
+    "brave-violin",
+    "amber-forest",
+    "silly-engine",
+    "old-castle",
+    "red-horse",
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> segcore.LoadedModel:
+    try:
+        return segcore.load_model(device="cpu")
+    except SegcoreError as error:
+        pytest.fail(f"the default model is part of the set-up (make setup): {error.message}")
+
+
+def needle_stream(model: segcore.LoadedModel, length: int, index: int) -> tuple[list[int], list[int], str]:
+    """The stream up to the turn mark, the tokens after it, and the number; the needle is older than tail and segment."""
+    encode, rng = model.tokenizer.encode_continuation, random.Random(1000 * length + index)
+    key, number = KEYS[index], str(rng.randint(1_000_000, 9_999_999))
+    needle = encode(f" One of the special magic numbers for {key} is: {number}.")
+    question = encode(f"\nWhat is the special magic number for {key} mentioned in the provided text?")
+    frame = [*model.chat.head, *encode(INTRODUCTION)]
+    room = length - len(frame) - len(needle) - len(question) - len(model.chat.end_of_user)
+    texts = [encode(" " + sentence) for sentence in itertools.islice(sentences(index), room // 5)]
+    filler = list(itertools.takewhile(lambda i: sum(map(len, texts[: i + 1])) <= room, range(len(texts))))
+    # Depths spread evenly over what neither the segment nor any tail holds at the end.
+    depth = (index + 0.5) / NEEDLES * (1 - 1800 / length)
+    at = int(depth * len(filler))
+    body = [t for i in filler[:at] for t in texts[i]] + needle + [t for i in filler[at:] for t in texts[i]]
+    stream = [*frame, *body, *question, *model.chat.end_of_user]
+    prefix = encode(f"The special magic number for {key} mentioned in the provided text is")
+    return stream, [*model.chat.header, *prefix], number
+
+
+def found(model: segcore.LoadedModel, segment: segcore.SegmentConfig) -> int:
+    engine, hits = Engine(model.lm, segcore.EngineConfig(segment=segment)), 0
+    for length, index in itertools.product(LENGTHS, range(NEEDLES)):
+        stream, after_mark, number = needle_stream(model, length, index)
+        assert length - 40 < len(stream) <= length
+        assert len(stream) % segment.segment_tokens
+        tokens: list[int] = []
+        engine.open("s")
+        engine.append("s", stream)
+        engine.mark("s")
+        engine.append("s", after_mark)
+
+        def on_token(token: int, seen: list[int] = tokens) -> bool:
+            seen.append(token)
+            return False
+
+        asked = segcore.Generation(segcore.SamplingParams(max_tokens=12), on_token)
+        engine.generate("s", asked)
+        asked.done.result(300)
+        hits += number in model.tokenizer.tokenizer.decode(tokens)
+        engine.close("s")
+    engine.shutdown()
+    return hits
+
+
+def test_retrieval_finds_needles_that_local_cells_cannot_see(model):
+    preset = segcore.segment_preset(segcore.DEFAULT_MODEL)
+    with_past = found(model, preset)
+    local_only = found(model, dataclasses.replace(preset, retrieved_tokens=0, selectors=()))
+    assert local_only <= 2
+    assert with_past >= local_only + 5, f"found {with_past} with retrieval, {local_only} with local cells alone"
