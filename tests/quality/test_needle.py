@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import random
+from collections.abc import Iterator
 
+import psutil
 import pytest
+import torch
 
 import segcore
 from segcore.engine.engine import Engine
@@ -15,8 +17,8 @@ from tests.quality.prose import sentences
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-LENGTHS = (3500, 7900)
-NEEDLES = 8
+# Needles by length of the stream.
+NEEDLES = {3500: 5, 7900: 3}
 INTRODUCTION = "A special magic number is hidden within the following text. Make sure to memorize it.\n"
 KEYS = [
     "blue-river",
@@ -30,6 +32,14 @@ KEYS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _all_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def model() -> segcore.LoadedModel:
     try:
@@ -39,19 +49,24 @@ def model() -> segcore.LoadedModel:
 
 
 def needle_stream(model: segcore.LoadedModel, length: int, index: int) -> tuple[list[int], list[int], str]:
-    """The stream up to the turn mark, the tokens after it, and the number; the needle is older than tail and segment."""
+    """The stream up to the turn mark, the tokens after it, the number. The needle is older than tail and segment."""
     encode, rng = model.tokenizer.encode_continuation, random.Random(1000 * length + index)
     key, number = KEYS[index], str(rng.randint(1_000_000, 9_999_999))
     needle = encode(f" One of the special magic numbers for {key} is: {number}.")
     question = encode(f"\nWhat is the special magic number for {key} mentioned in the provided text?")
     frame = [*model.chat.head, *encode(INTRODUCTION)]
     room = length - len(frame) - len(needle) - len(question) - len(model.chat.end_of_user)
-    texts = [encode(" " + sentence) for sentence in itertools.islice(sentences(index), room // 5)]
-    filler = list(itertools.takewhile(lambda i: sum(map(len, texts[: i + 1])) <= room, range(len(texts))))
+    texts: list[list[int]] = []
+    for sentence in sentences(index):
+        tokens = encode(" " + sentence)
+        if len(tokens) > room:
+            break
+        room -= len(tokens)
+        texts.append(tokens)
     # Depths spread evenly over what neither the segment nor any tail holds at the end.
-    depth = (index + 0.5) / NEEDLES * (1 - 1800 / length)
-    at = int(depth * len(filler))
-    body = [t for i in filler[:at] for t in texts[i]] + needle + [t for i in filler[at:] for t in texts[i]]
+    depth = (index + 0.5) / NEEDLES[length] * (1 - 1800 / length)
+    at = int(depth * len(texts))
+    body = [t for text in texts[:at] for t in text] + needle + [t for text in texts[at:] for t in text]
     stream = [*frame, *body, *question, *model.chat.end_of_user]
     prefix = encode(f"The special magic number for {key} mentioned in the provided text is")
     return stream, [*model.chat.header, *prefix], number
@@ -59,7 +74,7 @@ def needle_stream(model: segcore.LoadedModel, length: int, index: int) -> tuple[
 
 def found(model: segcore.LoadedModel, segment: segcore.SegmentConfig) -> int:
     engine, hits = Engine(model.lm, segcore.EngineConfig(segment=segment)), 0
-    for length, index in itertools.product(LENGTHS, range(NEEDLES)):
+    for length, index in ((length, i) for length, count in NEEDLES.items() for i in range(count)):
         stream, after_mark, number = needle_stream(model, length, index)
         assert length - 40 < len(stream) <= length
         assert len(stream) % segment.segment_tokens
@@ -86,5 +101,5 @@ def test_retrieval_finds_needles_that_local_cells_cannot_see(model):
     preset = segcore.segment_preset(segcore.DEFAULT_MODEL)
     with_past = found(model, preset)
     local_only = found(model, dataclasses.replace(preset, retrieved_tokens=0, selectors=()))
-    assert local_only <= 2
-    assert with_past >= local_only + 5, f"found {with_past} with retrieval, {local_only} with local cells alone"
+    assert local_only <= 1
+    assert with_past >= local_only + 3, f"found {with_past} with retrieval, {local_only} with local cells alone"
