@@ -158,3 +158,24 @@ def test_a_mark_chooses_anew_without_closing_the_segment(tiny_lm):
     assert torch.equal(plain.logits_TV[:121], marked.logits_TV[:121])
     assert plain.state.retrieved_R.tolist() != marked.state.retrieved_R.tolist()
     assert plain.state.filled == marked.state.filled
+
+
+@pytest.mark.parametrize("policy", [name for name in MATRIX if name != "full"])
+@pytest.mark.parametrize("length", [8, 16, 21, 48, 133])
+def test_a_prefix_holds_what_the_design_says(tiny_lm, policy, length):
+    """Layer 0's unrotated keys depend on their token alone, so they tell which tokens a window holds."""
+    config = MATRIX[policy]
+    keys_HTD = run(tiny_lm, MATRIX["full"], STREAM[:length]).state.layers[0][0].k_HND
+    state = run(tiny_lm, config, STREAM[:length]).state
+    closed = length - length % config.segment_tokens
+    readers = {Cell(0, 0), Cell(0, 1)} if config.readers is None else set(config.readers)
+    for window in state.layers[0]:
+        reads = bool(config.retrieved_tokens) and Cell(0, window.heads[0]) in readers
+        sinks = list(range(min(config.sink_tokens, closed)))
+        longest = config.reader_tail_tokens if reads else config.tail_tokens
+        tail = list(range(max(len(sinks), closed - longest), closed))
+        expected = sinks + (state.retrieved_R.tolist() if reads else []) + tail
+        assert expected == sorted(set(expected))
+        assert window.base - window.start == len(expected)
+        got = window.k_HND[:, window.start : window.base]
+        torch.testing.assert_close(got, keys_HTD[list(window.heads)][:, expected], **EXACT)
