@@ -20,10 +20,10 @@ from segcore.state import State, Window
 class Runner:
     """A model under a policy."""
 
-    def __init__(self, model: CausalLM, config: SegmentConfig, attention: str = "sdpa") -> None:
+    def __init__(self, model: CausalLM, config: SegmentConfig) -> None:
         self.model, self.config = model, config
         self.policy = make_policy(config, model.spec, model.rope)
-        self._attention = ATTENTION[attention]
+        self._attention = ATTENTION["sdpa"]
         self._selector = {cell: i for i, cell in enumerate(self.policy.watched)}
 
     def begin(self) -> State:
