@@ -11,7 +11,7 @@ Shapes: T tokens, H KV heads, G query heads per KV head, D head dimension, N pos
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -101,19 +101,20 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    segcore_attend: Attend,
+    segcore_attend: Sequence[Attend],
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature; [1, H*G, T, D] in, [1, T, H*G, D] out."""
-    _, heads, tokens, dim = query.shape
+    """transformers' attention signature; [B, H*G, T, D] in, [B, T, H*G, D] out. Sequences beyond the callbacks pad."""
+    batch, heads, tokens, dim = query.shape
     kv_heads = key.shape[1]
     scale = dim**-0.5 if scaling is None else scaling
     for term in ("sliding_window", "softcap", "s_aux"):
         if extra.get(term) is not None:
             raise UnsupportedModel(f"{type(module).__name__} can't be run exactly: its attention has a {term} term")
-    q = query[0].view(kv_heads, heads // kv_heads, tokens, dim)
-    out_HGTD = segcore_attend(cast(int, module.layer_idx), q, key[0], value[0], scale)
-    return out_HGTD.reshape(heads, tokens, dim).transpose(0, 1)[None], None
+    layer, q_BHGTD = cast(int, module.layer_idx), query.view(batch, kv_heads, heads // kv_heads, tokens, dim)
+    out = [attend(layer, *qkv, scale) for attend, *qkv in zip(segcore_attend, q_BHGTD, key, value, strict=False)]
+    out += [torch.zeros_like(out[0])] * (batch - len(out))
+    return torch.stack(out).flatten(1, 2).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
@@ -140,13 +141,20 @@ class CausalLM:
 
     def __call__(self, tokens_T: Tensor, attend: Attend, *, all_logits: bool = False) -> Tensor:
         """One forward pass over the tokens; logits of the last token, [1, V], or of all, [T, V]."""
+        return self.batch(tokens_T[None], [attend], all_logits=all_logits)[0]
+
+    def batch(self, tokens_BT: Tensor, attends: Sequence[Attend], *, all_logits: bool = False) -> Tensor:
+        """The same for several sequences, each with its own attention; [B, 1, V] or [B, T, V].
+
+        Sequences beyond `attends` are padding: they run, and what comes out of them means nothing.
+        """
         output = self.model(
-            input_ids=tokens_T[None],
+            input_ids=tokens_BT,
             use_cache=False,
             logits_to_keep=0 if all_logits else 1,
-            segcore_attend=attend,
+            segcore_attend=attends,
         )
-        return cast(Tensor, output.logits[0])
+        return cast(Tensor, output.logits)
 
     def _record(self) -> dict[int, tuple[Tensor, Tensor]]:
         """The queries, [H*G, T, D], and keys, [H, T, D], that reach attention in each layer, for the probe's tokens."""

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from segcore.config import Cell, SegmentConfig
+from segcore.config import Cell, SegmentedConfig
 from segcore.model import CausalLM
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
 
@@ -56,19 +56,21 @@ def tiny_model(family: str = "llama", *, kv_heads: int = 2, dtype: torch.dtype =
     return made.to(dtype).eval()
 
 
-def tiny_segment(**changes: object) -> SegmentConfig:
-    """A segment of 16 tokens, small enough that a short stream crosses many boundaries."""
-    values: dict[str, object] = {
-        "segment_tokens": 16,
-        "sink_tokens": 2,
-        "tail_tokens": 8,
-        "reader_tail_tokens": 4,
-        "retrieved_tokens": 8,
-        "block_tokens": 2,
-        "query_window_tokens": 6,
-        "selectors": (Cell(0, 1), Cell(1, 0)),
-    }
-    return SegmentConfig(**(values | changes))  # type: ignore[arg-type]
+SEGMENT = {
+    "segment_tokens": 16,
+    "sink_tokens": 2,
+    "tail_tokens": 8,
+    "reader_tail_tokens": 4,
+    "retrieved_tokens": 8,
+    "block_tokens": 2,
+    "query_window_tokens": 6,
+    "selectors": (Cell(0, 1), Cell(1, 0)),
+}
+
+
+def tiny_segment(**changes: object) -> SegmentedConfig:
+    """Policy `segmented` with a segment of 16 tokens, small enough that a short stream crosses many boundaries."""
+    return SegmentedConfig(**(SEGMENT | changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session", autouse=True)
