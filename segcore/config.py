@@ -300,20 +300,34 @@ class EngineConfig:
 
     chunk_tokens: prefill step. Steps end at multiples of it within a segment, so that results don't depend, to the
         last bit, on how the stream arrived; smaller steps mean a shorter wait after the last token.
-    max_sessions: open sessions, each with a device state of constant size.
+    slots: states on the device, all of one size, and the width of a decode pass; other sessions' states wait in host
+        memory.
+    decodes_per_chunk: tokens of every answer between two chunks of other sessions' prefill.
+    slot_steps: turns after which a busy session gives its slot to one that waits for a slot.
+    max_sessions: open sessions.
     max_session_tokens: longest stream.
-    max_pending_tokens: tokens accepted ahead of the engine before `append` makes its caller wait.
+    max_pending_tokens: tokens accepted ahead of the engine before `room` makes its caller wait; None: a segment.
+    model, tokenizer, adapter: what past KV is the past of, beside the weights: names or hashes (`Fingerprint`).
     """
 
     segment: SegmentConfig = field(default_factory=lambda: SegmentedConfig())
     cache: CacheConfig = field(default_factory=CacheConfig)
     chunk_tokens: int = 1024
-    max_sessions: int = 16
+    slots: int = 8
+    decodes_per_chunk: int = 8
+    slot_steps: int = 64
+    max_sessions: int = 64
     max_session_tokens: int = 10_000_000
-    max_pending_tokens: int = 1024
+    max_pending_tokens: int | None = None
+    model: str = ""
+    tokenizer: str = ""
+    adapter: str = ""
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "chunk_tokens", "max_sessions", "max_session_tokens", "max_pending_tokens")
+        _require_at_least(self, 1, "chunk_tokens", "slots", "decodes_per_chunk", "slot_steps")
+        _require_at_least(self, 1, "max_sessions", "max_session_tokens")
+        if self.max_pending_tokens is not None:
+            _require_at_least(self, 1, "max_pending_tokens")
 
 
 def _require_at_least(config: object, least: int, *names: str) -> None:

@@ -112,7 +112,8 @@ def _attention(
         if extra.get(term) is not None:
             raise UnsupportedModel(f"{type(module).__name__} can't be run exactly: its attention has a {term} term")
     layer, q_BHGTD = cast(int, module.layer_idx), query.view(batch, kv_heads, heads // kv_heads, tokens, dim)
-    out = [attend(layer, *qkv, scale) for attend, *qkv in zip(segcore_attend, q_BHGTD, key, value, strict=False)]
+    sequences = zip(segcore_attend, q_BHGTD, key, value, strict=False)
+    out = [attend(layer, q_HGTD, k_HTD, v_HTD, scale) for attend, q_HGTD, k_HTD, v_HTD in sequences]
     out += [torch.zeros_like(out[0])] * (batch - len(out))
     return torch.stack(out).flatten(1, 2).transpose(1, 2), None
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from segcore.config import Cell, SegmentConfig
+from segcore.config import Cell, SegmentConfig, SegmentedConfig
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 # Other models name their own selectors.
-SEGMENT_PRESETS = {DEFAULT_MODEL: SegmentConfig(selectors=(Cell(17, 1), Cell(18, 2)))}
+SEGMENT_PRESETS: dict[str, SegmentConfig] = {DEFAULT_MODEL: SegmentedConfig(selectors=(Cell(17, 1), Cell(18, 2)))}
 
 
 def segment_preset(model: str) -> SegmentConfig:
     """The measured settings of a model; the plain defaults for others."""
-    return SEGMENT_PRESETS.get(model, SegmentConfig())
+    return SEGMENT_PRESETS.get(model, SegmentedConfig())
 
 
 def cache_directory() -> Path:

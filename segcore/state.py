@@ -40,7 +40,7 @@ class Window:
     def write(self, row: int, k_HTD: Tensor, rotated_HTD: Tensor, v_HTD: Tensor) -> None:
         """Put keys and values at rows row, row + 1, ..."""
         rows = slice(row, row + k_HTD.shape[1])
-        assert 0 <= row and rows.stop <= self.k_HND.shape[1]
+        assert 0 <= row <= rows.stop <= self.k_HND.shape[1]
         self.k_HND[:, rows], self.rotated_HND[:, rows], self.v_HND[:, rows] = k_HTD, rotated_HTD, v_HTD
 
     def keep(self, rows: Tensor, position: int) -> None:

@@ -38,9 +38,11 @@ class Runner:
         The chunk lies inside one segment and crosses no refresh point (`segments.tokens_to_next_cut`). A segment that
         it fills is closed, and a refresh point that it reaches is taken, before this returns.
         """
-        return self.advance_batch(tokens_T[None], [state], [past], all_logits=all_logits)[0]
+        logits = self.forward(tokens_T[None], [state], [past], all_logits=all_logits)[0]
+        self.arrive(state, past, len(tokens_T), logits[-1])
+        return logits
 
-    def advance_batch(
+    def forward(
         self,
         tokens_BT: Tensor,
         states: Sequence[State],
@@ -49,7 +51,7 @@ class Runner:
         width: int = 1,
         all_logits: bool = False,
     ) -> Tensor:
-        """F for several streams, each as if alone; [B, 1, V] or [B, T, V].
+        """The pass itself, for several streams, each as if alone; [B, 1, V] or [B, T, V]. `arrive` must follow.
 
         width: the batch is padded to this many sequences. With one width for all passes of a kind, a stream's values
         don't depend on its company, to the last bit: matrix products of one shape treat their rows alike.
@@ -60,10 +62,21 @@ class Runner:
             past.journal.begin_pass(state, row)
         padded = torch.nn.functional.pad(tokens_BT, (0, 0, 0, max(width - batch, 0)))
         attends = [self._attend(state) for state in states]
-        logits = self.model.batch(padded.to(self.model.spec.device), attends, all_logits=all_logits)[:batch]
-        for i, (state, past) in enumerate(zip(states, pasts, strict=True)):
-            self._arrive(tokens, logits[i, -1], state, past)
-        return logits
+        return self.model.batch(padded.to(self.model.spec.device), attends, all_logits=all_logits)[:batch]
+
+    def arrive(self, state: State, past: SessionPast, tokens: int, logits_V: Tensor) -> None:
+        """A pass over `tokens` is done: take the close or the refresh point that it reached.
+
+        Raises PastKVError; then the state is of no use, and the journal says how to make it again.
+        """
+        state.length += tokens
+        state.filled += tokens
+        if state.filled == self.config.segment_tokens:
+            self.policy.close(state, past)
+            if self.policy.layout is not None:
+                past.complete(self.policy.boundary(state) | {"logits": logits_V})
+        elif is_refresh_point(state.filled, self.config):
+            self.policy.refresh(state, past)
 
     def mark(self, state: State, past: SessionPast) -> None:
         """An end of turn at the stream's end: a refresh point that doesn't close the segment (design, section 6)."""
@@ -76,17 +89,6 @@ class Runner:
         state.length = past.segments * self.config.segment_tokens
         state.events = past.journal.events_until(state.length)
         return state, boundary["logits"].to(self.model.spec.device)
-
-    def _arrive(self, tokens: int, logits_V: Tensor, state: State, past: SessionPast) -> None:
-        """The pass is done: take the close or the refresh point that it reached."""
-        state.length += tokens
-        state.filled += tokens
-        if state.filled == self.config.segment_tokens:
-            self.policy.close(state, past)
-            if self.policy.layout is not None:
-                past.complete(self.policy.boundary(state) | {"logits": logits_V})
-        elif is_refresh_point(state.filled, self.config):
-            self.policy.refresh(state, past)
 
     def _attend(self, state: State) -> Attend:
         """One stream's attention."""
@@ -104,9 +106,7 @@ class Runner:
 
         return attend
 
-    def _see(
-        self, window: Window, filled: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float
-    ) -> Tensor:
+    def _see(self, window: Window, filled: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
         """Append the chunk to the window, then let its queries see the prefix and the segment so far."""
         row = window.base + filled
         rotated_q, rotated_k = self.model.rope(q_HGTD.flatten(0, 1), k_HTD, window.position + filled)

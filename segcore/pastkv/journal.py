@@ -61,13 +61,23 @@ class Journal:
         del self.events[self.events_until(boundary) :]
         del self.tokens[boundary:]
 
-    def key(self, previous: str, first: int, stop: int) -> str:
+    def extend(self, tokens: Sequence[int], ends: Sequence[int]) -> None:
+        """Passes over `tokens`, ending at `ends`, that another stream ran for this one."""
+        self.tokens.extend(tokens)
+        self.events.extend(ends)
+
+    def key(self, previous: str, first: int, stop: int, tokens: Sequence[int] = (), ends: Sequence[int] = ()) -> str:
         """The key of the segment [first, stop) after the one whose key is `previous`.
 
         Where passes ended and turns were marked is part of it, since the last bits of keys and values depend on it.
+        tokens, ends: what would follow what the journal holds.
         """
-        events = self.events[self.events_until(first) : self.events_until(stop)]
-        return segment_key(previous, self.tokens[first:stop], [e - first if e >= 0 else e + first for e in events])
+        last = self.events_until(stop) if not ends else len(self.events)
+        events = [e - first if e >= 0 else e + first for e in (*self.events[self.events_until(first) : last], *ends)]
+        digest = blake2b(previous.encode(), digest_size=KEY_BYTES)
+        for values in (array("q", [*self.tokens[first:stop], *tokens]), array("q", events)):
+            digest.update(len(values).to_bytes(8, "little") + values.tobytes())
+        return digest.hexdigest()
 
 
 def position(event: int) -> int:
@@ -78,11 +88,3 @@ def position(event: int) -> int:
 def root_key(fingerprint: str, tenant: str) -> str:
     """The key before a stream's first segment: streams of different models or tenants share nothing."""
     return blake2b(f"{fingerprint}\0{tenant}".encode(), digest_size=KEY_BYTES).hexdigest()
-
-
-def segment_key(previous: str, tokens: Sequence[int], events: Sequence[int]) -> str:
-    """The key of a segment: a hash of all before it, its tokens, and its events relative to its start."""
-    digest = blake2b(previous.encode(), digest_size=KEY_BYTES)
-    for values in (array("q", tokens), array("q", events)):
-        digest.update(len(values).to_bytes(8, "little") + values.tobytes())
-    return digest.hexdigest()

@@ -104,7 +104,7 @@ class PastKVManager:
         """Take a block, for one stream: readable at once. Raises StorageFull; then nothing is kept."""
         with self._lock:
             if not (self._host.holds(block.key) or self.holds(block.key)):
-                self._make_room(block.nbytes + nbytes(block.index))
+                self._make_room(block.nbytes)
                 self._host.put(block)
                 if self._device is not None and block.nbytes <= self._device.budget_bytes:
                     self._device.evict(self._spare(self._device), block.nbytes)
@@ -139,18 +139,18 @@ class PastKVManager:
                     self._forget(key, use)
 
     def rows(self, key: str, rows_n: Tensor) -> Tensor:
-        """Rows of a block from the nearest tier that gives them whole. Raises PastKVError if none does."""
+        """Rows of a block, from the nearest tier that gives them whole. Raises PastKVError."""
         return self._first(key, lambda tier: tier.rows(key, rows_n).cpu())
 
     def head(self, key: str) -> BlockHead:
-        """Index and boundary of a block from the nearest tier that gives them whole. Raises PastKVError if none does."""
+        """Index and boundary of a block, from the nearest tier that gives them whole. Raises PastKVError."""
         return self._first(key, lambda tier: tier.head(key))
 
     def holds(self, key: str) -> bool:
         """Whether a tier has the block, complete, as far as can be told without reading it."""
         if self._host.holds(key) and self._host.get(key).boundary:
             return True
-        return any(self._try(tier, lambda t: t.holds(key), False) for tier in self._slower)
+        return self._held_slower(key)
 
     def settle(self) -> None:
         """Wait until everything complete is written, or has failed to be."""
@@ -177,15 +177,16 @@ class PastKVManager:
 
     @property
     def _index_bytes(self) -> int:
-        return sum(use.index_bytes for use in self._uses.values())
+        """What is searched of blocks that are in use and have left host memory otherwise."""
+        return sum(use.index_bytes for key, use in self._uses.items() if not self._host.holds(key))
 
     def _make_room(self, needed_bytes: int) -> None:
         """Room in host memory, by waiting for writes if need be. Raises StorageFull."""
-        while True:
-            self._host.evict(self._spare(self._host), needed_bytes + self._index_bytes)
-            used = self._host.used_bytes + self._index_bytes
-            if used + needed_bytes <= self._config.host_bytes:
-                return
+        while (used := self.host_bytes) + needed_bytes > self._config.host_bytes:
+            spare = next(self._spare(self._host), None)
+            if spare is not None:
+                self._host.delete(spare)
+                continue
             writing = self._writes()
             if not writing:
                 raise StorageFull(
@@ -204,9 +205,11 @@ class PastKVManager:
     def _spare(self, tier: MemoryTier) -> Iterator[str]:
         """What a memory tier may forget, least recently used first: what nobody uses, and what is held elsewhere."""
         for key in tier.keys:
-            elsewhere = tier is self._device or any(self._try(t, lambda t: t.holds(key), False) for t in self._slower)
-            if elsewhere or key not in self._uses:
+            if tier is self._device or key not in self._uses or self._held_slower(key):
                 yield key
+
+    def _held_slower(self, key: str) -> bool:
+        return any(self._try(tier, lambda t: t.holds(key), False) for tier in self._slower)
 
     def _write_through(self, block: Block) -> None:
         for tier in self._slower:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -76,17 +76,17 @@ class RedisTier:
         tensors, metadata = self._read_head(key)
         bulk = _name(key, "kv")
         with self._answers():
-            prefix = self._redis.getrange(bulk, 0, PREFIX_BYTES - 1)
+            prefix = self._range(bulk, 0, PREFIX_BYTES - 1)
             if len(prefix) < PREFIX_BYTES:
                 raise BlockMissing(f"block {key} isn't in Redis")
             start = PREFIX_BYTES + int.from_bytes(prefix, "little")
-            header = json.loads(self._redis.getrange(bulk, PREFIX_BYTES, start - 1))["kv"]
+            header = json.loads(self._range(bulk, PREFIX_BYTES, start - 1))["kv"]
 
             def read_kv(tokens: slice) -> Tensor:
                 """Some tokens of the bulk: its bytes under a header of their own."""
                 stop = min(tokens.stop, header["shape"][0])
                 row_bytes = header["data_offsets"][1] // header["shape"][0]
-                data = self._redis.getrange(bulk, start + tokens.start * row_bytes, start + stop * row_bytes - 1)
+                data = self._range(bulk, start + tokens.start * row_bytes, start + stop * row_bytes - 1)
                 shape = [stop - tokens.start, *header["shape"][1:]]
                 part = json.dumps({"kv": header | {"shape": shape, "data_offsets": [0, len(data)]}}).encode()
                 return load(len(part).to_bytes(PREFIX_BYTES, "little") + part + data)["kv"]
@@ -118,12 +118,15 @@ class RedisTier:
 
     def _read_head(self, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         with self._answers():
-            data = self._redis.get(_name(key, "head"))
+            data = cast("bytes | None", self._redis.get(_name(key, "head")))
             if data is None:
                 raise BlockMissing(f"block {key} isn't in Redis")
             length = int.from_bytes(data[:PREFIX_BYTES], "little")
             metadata = json.loads(data[PREFIX_BYTES : PREFIX_BYTES + length]).get("__metadata__")
             return load(data), metadata
+
+    def _range(self, name: str, first: int, last: int) -> bytes:
+        return cast(bytes, self._redis.getrange(name, first, last))
 
     def _touch(self, key: str) -> None:
         if self._lifetime_s is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from segcore.errors import PastKVError
 from segcore.pastkv.base import Block, PastLayout
-from segcore.pastkv.journal import Journal, segment_key
+from segcore.pastkv.journal import Journal
 
 if TYPE_CHECKING:
     from segcore.pastkv.manager import PastKVManager
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 class SessionPast:
     """One stream's past. Its blocks are shared with every stream that began in the same way.
 
-    index: what later choices search, one piece per closed segment.
+    root: the key before the first block. index: what later choices search, one piece per closed segment.
     """
 
     def __init__(self, manager: PastKVManager, layout: PastLayout | None, root: str) -> None:
-        self._manager, self._layout, self._root = manager, layout, root
+        self._manager, self._layout, self.root = manager, layout, root
         self.journal = Journal()
         self.index: list[dict[str, Tensor]] = []
         self._keys: list[str] = []
@@ -44,7 +44,7 @@ class SessionPast:
         layout, first = self._layout, self.segments * self._layout.segment_tokens
         expected = (layout.segment_tokens, layout.cells, 2, layout.head_dim)
         assert kv_SC2D.shape == expected, (kv_SC2D.shape, expected)
-        key = self.journal.key(self._last_key, first, first + layout.segment_tokens)
+        key = self.journal.key(self.last_key, first, first + layout.segment_tokens)
         index = {name: tensor.detach().cpu().contiguous() for name, tensor in index.items()}
         self._manager.prepare(Block(key, kv_SC2D.detach().cpu(), index, {}))
         self._keys.append(key)
@@ -52,7 +52,7 @@ class SessionPast:
 
     def complete(self, boundary: dict[str, Tensor]) -> None:
         """The last segment is closed: its block is whole, and goes to the lower tiers."""
-        self._manager.complete(self._last_key, {name: t.detach().cpu().contiguous() for name, t in boundary.items()})
+        self._manager.complete(self.last_key, {name: t.detach().cpu().contiguous() for name, t in boundary.items()})
 
     def gather(self, positions: Tensor) -> Tensor:
         """Keys and values of past tokens, [R, C, 2, D] in host memory.
@@ -74,7 +74,7 @@ class SessionPast:
 
     def fork(self) -> SessionPast:
         """An independent past that shares this one's blocks."""
-        fork = SessionPast(self._manager, self._layout, self._root)
+        fork = SessionPast(self._manager, self._layout, self.root)
         fork.journal, fork.index, fork._keys = self.journal.copy(), list(self.index), list(self._keys)
         for key, index in zip(self._keys, self.index, strict=True):
             self._manager.share(key, index)
@@ -91,13 +91,13 @@ class SessionPast:
         self.index.append(head.index)
         return head.boundary
 
-    def next_key(self, tokens: list[int], events: list[int]) -> str:
-        """The key of a segment of these tokens and events, the latter relative to its start, after the last one."""
-        return segment_key(self._last_key, tokens, events)
+    def available(self, key: str) -> bool:
+        """Whether a block can be had, as far as can be told without reading it."""
+        return self._manager.holds(key)
 
     def boundary(self) -> dict[str, Tensor]:
         """The last block's boundary. Raises PastKVError."""
-        return self._manager.head(self._last_key).boundary
+        return self._manager.head(self.last_key).boundary
 
     def intact(self) -> int:
         """How many blocks, from the first on, are complete somewhere, as far as can be told without reading them."""
@@ -115,8 +115,9 @@ class SessionPast:
         return tuple(self._keys)
 
     @property
-    def _last_key(self) -> str:
-        return self._keys[-1] if self._keys else self._root
+    def last_key(self) -> str:
+        """The key of the last block; of none, the root."""
+        return self._keys[-1] if self._keys else self.root
 
     def _rows(self, segment: int, rows_n: Tensor) -> Tensor:
         try:
