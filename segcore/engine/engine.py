@@ -122,6 +122,7 @@ class Engine:
                     f"the stream would be longer than {limit} tokens, the most this service runs", max_tokens=limit
                 )
             session.pending.extend(tokens)
+            session.appended += len(tokens)
             self._changed.notify_all()
 
     @property
@@ -203,6 +204,7 @@ class Engine:
                     f" {tokens}"
                 )
             session.past.journal.truncate(tokens)
+            session.appended = tokens
             session.pending.clear()
             session.controls.clear()
             with torch.inference_mode():
@@ -239,10 +241,13 @@ class Engine:
                 faults=dict(self._past.faults),
             )
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, timeout_s: float = 60) -> None:
         """Wait until the engine is idle, then raise AssertionError if anything was lost or kept that shouldn't be."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._stepping and self._scheduler.next()[0] is Step.IDLE)
+            idle = self._changed.wait_for(
+                lambda: not self._stepping and self._scheduler.next()[0] is Step.IDLE, timeout_s
+            )
+            assert idle, f"still at work after {timeout_s} s"
             held: Counter[str] = Counter()
             for session in self._sessions.values():
                 held.update(session.past.keys)
@@ -292,6 +297,7 @@ class Engine:
         """A new session that continues a snapshot."""
         session = self._add(session_id, tenant, past, self._blank)
         session.pending = snapshot.pending
+        session.appended = len(past.journal.tokens) + len(session.pending)
         session.controls.extend((position, Mark()) for position in snapshot.marks)
         with torch.inference_mode():
             whole = self._regain(past, snapshot.keys) and snapshot.tensors is not None

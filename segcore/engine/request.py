@@ -50,20 +50,22 @@ class Step(Enum):
     DECODE = "a pass over one token"
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """A stream on the engine: its state, and what waits to be run on it.
 
     The journal holds the tokens that were begun; `pending` those after them. A session whose state lags behind its
     journal replays it. A control at position p acts when exactly p tokens are done: it holds back the tokens after it.
 
-    parked: the state's tensors in host memory, while the session has no slot on the device.
+    appended: tokens of the stream, done or not. parked: the state's tensors in host memory, while the session has no
+    slot on the device.
     """
 
     id: str
     past: SessionPast
     state: State
     tenant: str = ""
+    appended: int = 0
     pending: deque[int] = field(default_factory=deque)
     controls: deque[tuple[int, Flush | Mark | Generation]] = field(default_factory=deque)
     waiting_for_room: list[Future[None]] = field(default_factory=list)
@@ -71,11 +73,6 @@ class Session:
     parked: dict[str, Tensor] | None = None
     failure: SegcoreError | None = None
     recoveries: int = 0
-
-    @property
-    def appended(self) -> int:
-        """Tokens of the stream, done or not."""
-        return len(self.past.journal.tokens) + len(self.pending)
 
     @property
     def replayed_event(self) -> int | None:

@@ -131,7 +131,8 @@ class Steps:
         generation.tokens += 1
         stop = generation.on_token(token)
         with self._changed:
-            full = session.appended + 1 >= self._max_tokens
+            session.appended += 1
+            full = session.appended >= self._max_tokens
             if stop or full or generation.tokens == generation.params.max_tokens:
                 session.pending.appendleft(token)  # what was appended meanwhile comes after it
                 self._finish(session, generation, "stop" if stop else "length")
