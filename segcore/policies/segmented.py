@@ -48,7 +48,7 @@ class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
 
     def searched(self, state: State) -> dict[str, Tensor]:
         """The segment's keys of the cells that choose, [cells, S, D]."""
-        keys = {}
+        keys: dict[Cell, Tensor] = {}
         for layer, windows in enumerate(state.layers):
             for window in windows:
                 rows = slice(window.base, window.base + state.filled)
