@@ -1,4 +1,4 @@
-"""`longgen`: the middle layers see everything, the others a fixed pattern (LongGen, arXiv 2410.01485, section 3).
+"""`longgen`: the middle layers see everything, the others a fixed pattern (LongGen, arXiv 2410.01485).
 
 Its two patterns: sinks and a window ("AttnSink"), or, with `stride_blocks`, a window and every so many-th block of the
 stream ("BlockSparse"). Original positions. Where ours differs: the window moves by whole segments and counts tokens,
