@@ -339,12 +339,14 @@ def test_lags_are_scored_in_at_least_fp32(dtype, wide):
 
 def test_a_lag_is_scored_with_gradient_but_chosen_without():
     with torch.inference_mode(False), torch.enable_grad():
-        k, v, next_k, next_v = torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        scores = score_lag(k, v, next_k, next_v)
-        assert scores.requires_grad
-        best = best_of_lag(scores, 3)
-        assert not best.requires_grad
-        assert v[best].requires_grad
+        lags = torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        scores = score_lag(*lags)
+        (gradient,) = torch.autograd.grad(scores.square().sum(), lags, retain_graph=True)
+        assert (gradient.flatten(1).abs().amax(dim=1) > 0).all()
+        kept = lags[0][best_of_lag(scores, 3)]
+        (gradient,) = torch.autograd.grad(kept.sum(), lags)
+        assert gradient[0].sum(dim=1).tolist().count(4.0) == 3  # the kept keys, and nothing by way of the scores
+        assert gradient.sum() == 12
 
 
 # The paper's choice, from its steps (arXiv 2605.11744, appendix D) and the design's section 6, `cell`.
@@ -382,13 +384,13 @@ def choices(draw):
     """Whole numbers whose means are whole: exact in fp32, so choices must be equal, and ties are the rule."""
     groups = draw(st.lists(st.integers(1, 3), min_size=1, max_size=2))
     window, dim = draw(st.integers(1, 30)), draw(st.integers(1, 4))
-    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+    sizes = draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
     length, most = sum(sizes), draw(st.sampled_from([1, 4, 30]))
     first, stop = draw(st.integers(0, length)), draw(st.integers(0, length))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     queries = [840 * torch.randint(-2, 3, (group, window, dim), generator=random) for group in groups]
     keys = torch.randint(-most, most + 1, (len(groups), length, dim), generator=random)
-    return queries, keys, sizes, {"first": first, "stop": stop, "tokens": 8 * draw(st.integers(0, 12))}
+    return queries, keys, sizes, {"first": first, "stop": stop, "tokens": 8 * draw(st.integers(0, 24))}
 
 
 @settings(max_examples=200, deadline=None)
@@ -425,11 +427,12 @@ def test_too_few_are_filled_with_the_earliest():
 
 
 def test_a_summary_names_sixteen_tokens():
-    """Were they more, the 20 anchors that R allows would be spread over the whole stream."""
-    scores = [float(i % 10 == 5) * (200 - i) for i in range(200)]
-    got = anchors(scores, tokens=160)
-    around = {p for n in range(5, 165, 10) for p in range(n - 3, n + 5)}
-    assert got == sorted(around | set([p for p in range(200) if p not in around][:32]))
+    """Of the 20 anchors that R allows; the rest is filled."""
+    scores = [float(i % 20 == 5) * (400 - i) for i in range(400)]
+    around = {p for n in range(5, 320, 20) for p in range(n - 3, n + 5)}
+    assert len(around) == 16 * 8
+    filled = [p for p in range(400) if p not in around][: 4 * 8]
+    assert anchors(scores, tokens=160) == sorted(around | set(filled))
 
 
 def test_a_token_named_by_two_summaries_is_one_anchor_with_its_better_score():
