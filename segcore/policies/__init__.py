@@ -5,12 +5,16 @@ from typing import Any
 from segcore.config import SegmentConfig
 from segcore.model import ModelSpec, Rope
 from segcore.policies.base import Policy
+from segcore.policies.duo import DuoPolicy
 from segcore.policies.full import FullPolicy
+from segcore.policies.lagkv import LagKVPolicy
+from segcore.policies.longgen import LongGenPolicy
 from segcore.policies.segmented import SegmentedPolicy
 from segcore.policies.streaming import StreamingPolicy
 
 POLICIES: dict[str, type[Policy[Any]]] = {
-    policy.name: policy for policy in (FullPolicy, StreamingPolicy, SegmentedPolicy)
+    policy.name: policy
+    for policy in (FullPolicy, StreamingPolicy, SegmentedPolicy, LongGenPolicy, LagKVPolicy, DuoPolicy)
 }
 
 

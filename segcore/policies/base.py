@@ -20,9 +20,15 @@ C = TypeVar("C", bound=SegmentConfig)
 
 
 class Policy(ABC, Generic[C]):
-    """A rule of segmented execution. Holds no stream's state, so one serves every session of an engine."""
+    """A rule of segmented execution. Holds no stream's state, so one serves every session of an engine.
+
+    original_positions: a token keeps its position in the stream; else positions are those within prefix and segment.
+    bounded: a session's bytes on the device don't grow with its stream.
+    """
 
     name: ClassVar[str]
+    original_positions: ClassVar[bool] = False
+    bounded: ClassVar[bool] = True
 
     def __init__(self, config: C, spec: ModelSpec, rope: Rope) -> None:
         self.config, self.spec, self.rope = config, spec, rope
@@ -46,7 +52,7 @@ class Policy(ABC, Generic[C]):
     @property
     def max_stream_tokens(self) -> int | None:
         """The longest stream that the model's positions allow; None: any."""
-        return None
+        return self.spec.max_positions if self.original_positions else None
 
     def begin(self) -> State:
         """The state before a stream's first token."""

@@ -10,10 +10,8 @@ from segcore.state import State, Window
 
 class FullPolicy(Policy[FullConfig]):
     name = "full"
-
-    @property
-    def max_stream_tokens(self) -> int | None:
-        return self.spec.max_positions
+    original_positions = True
+    bounded = False
 
     def windows(self, layer: int) -> list[Window]:
         return [self._window(range(self.spec.kv_heads))]

@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from segcore.config import CacheConfig, Cell, FullConfig, SegmentConfig, SegmentedConfig, StreamingConfig
+from segcore.config import (
+    CacheConfig,
+    Cell,
+    DuoConfig,
+    FullConfig,
+    LagKVConfig,
+    LongGenConfig,
+    SegmentConfig,
+    SegmentedConfig,
+    StreamingConfig,
+)
 from segcore.engine.runner import Runner
 from segcore.model import CausalLM
 from segcore.pastkv.manager import PastKVManager
@@ -39,6 +49,14 @@ MATRIX = {
         readers=(Cell(1, 0),),
         segment_only=(Cell(0, 0),),
     ),
+    "longgen": LongGenConfig(segment_tokens=16, full_layers=(1,), sink_tokens=3, window_tokens=9),
+    "longgen-strided": LongGenConfig(
+        segment_tokens=16, full_layers=(1,), sink_tokens=0, window_tokens=7, stride_blocks=3, block_tokens=5
+    ),
+    "duo": DuoConfig(segment_tokens=16, retrieval=(Cell(0, 1), Cell(1, 0)), sink_tokens=3, window_tokens=9),
+    "lagkv": LagKVConfig(segment_tokens=16, sink_tokens=3, lag_tokens=8, keep=0.5),
+    "lagkv-uneven": LagKVConfig(segment_tokens=16, sink_tokens=0, lag_tokens=6, keep=0.4),
+    "lagkv-long-lags": LagKVConfig(segment_tokens=16, sink_tokens=20, lag_tokens=24, keep=0.25),
 }
 # Streams cross many boundaries and aren't multiples of the segment.
 STREAM = torch.randint(0, VOCABULARY, (133,), generator=torch.Generator().manual_seed(3))
@@ -160,7 +178,7 @@ def test_i8_no_value_depends_on_a_future_token(tiny_lm, policy, at, token):
     assert torch.equal(before.logits_TV[:at], after.logits_TV[:at])
 
 
-@pytest.mark.parametrize("policy", [name for name in MATRIX if name != "full"])
+@pytest.mark.parametrize("policy", [name for name, config in MATRIX.items() if POLICIES[config.policy].bounded])
 def test_i10_state_bytes_do_not_grow(tiny_lm, policy):
     config = MATRIX[policy]
     stream = STREAM.repeat(12)
