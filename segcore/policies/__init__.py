@@ -6,11 +6,12 @@ from segcore.config import SegmentConfig
 from segcore.model import ModelSpec, Rope
 from segcore.policies.base import Policy
 from segcore.policies.full import FullPolicy
+from segcore.policies.ltri import LtriPolicy
 from segcore.policies.segmented import SegmentedPolicy
 from segcore.policies.streaming import StreamingPolicy
 
 POLICIES: dict[str, type[Policy[Any]]] = {
-    policy.name: policy for policy in (FullPolicy, StreamingPolicy, SegmentedPolicy)
+    policy.name: policy for policy in (FullPolicy, StreamingPolicy, SegmentedPolicy, LtriPolicy)
 }
 
 
