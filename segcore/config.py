@@ -175,6 +175,10 @@ class LtriConfig(RetrievalConfig):
         _require_at_least(self, 1, "local_tokens", "span_min_tokens", "vote_tokens")
         if not self.span_min_tokens <= self.span_max_tokens <= self.local_tokens:
             raise ConfigError("span_min_tokens <= span_max_tokens <= local_tokens must hold")
+        if 0 < self.retrieved_tokens < self.span_max_tokens:
+            raise ConfigError(
+                f"retrieved_tokens={self.retrieved_tokens} must have room for a span of {self.span_max_tokens}, or be 0"
+            )
         if not 0 <= self.overlap < 1:
             raise ConfigError(f"overlap={self.overlap} must lie in [0, 1)")
         if len({cell.layer for cell in self.selectors}) > 1:

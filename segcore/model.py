@@ -23,6 +23,8 @@ from segcore.attention.sdpa import sdpa_attention
 from segcore.errors import UnsupportedModel
 
 ATTENTION_NAME = "segcore"
+# What reached attention, by layer: queries, [H*G, T, D], keys, [H, T, D], and the scale.
+Seen = dict[int, tuple[Tensor, Tensor, float]]
 
 
 class Attend(Protocol):
@@ -35,13 +37,14 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The shape of a model, as far as the engine needs it."""
+    """The shape of a model, as far as the engine needs it. scale: its attention multiplies dot products by this."""
 
     architecture: str
     layers: int
     kv_heads: int
     queries_per_kv_head: int
     head_dim: int
+    scale: float
     vocabulary: int
     max_positions: int
     dtype: torch.dtype
@@ -157,14 +160,14 @@ class CausalLM:
         )
         return cast(Tensor, output.logits)
 
-    def _record(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """The queries, [H*G, T, D], and keys, [H, T, D], that reach attention in each layer, for the probe's tokens."""
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
+    def _record(self) -> Seen:
+        """What reaches attention for the probe's tokens."""
+        seen: Seen = {}
 
         def look(layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
             if v_HTD.shape != k_HTD.shape:
                 raise UnsupportedModel(f"{type(self.model).__name__}: its values differ in shape from its keys")
-            seen[layer] = (q_HGTD.flatten(0, 1), k_HTD)
+            seen[layer] = (q_HGTD.flatten(0, 1), k_HTD, scale)
             # What attention returns doesn't matter, as long as it is the same with and without rotation.
             return torch.zeros_like(q_HGTD)
 
@@ -172,34 +175,33 @@ class CausalLM:
             self(_probe_tokens(self.model), look)
         return seen
 
-    def _measure(self, seen: dict[int, tuple[Tensor, Tensor]]) -> ModelSpec:
+    def _measure(self, seen: Seen) -> ModelSpec:
         """Read the shape off what reached attention, so that no config field's name or meaning is guessed."""
         name, config = type(self.model).__name__, _config(self.model)
         if sorted(seen) != list(range(config.num_hidden_layers)):
             raise UnsupportedModel(
                 f"{name}: only layers {sorted(seen)} of {config.num_hidden_layers} call the attention interface"
             )
-        q, k = seen[0]
-        if any((x.shape, y.shape) != (q.shape, k.shape) for x, y in seen.values()):
-            raise UnsupportedModel(f"{name}: its layers differ in heads or head dimension")
+        q, k, scale = seen[0]
+        if any((x.shape, y.shape, z) != (q.shape, k.shape, scale) for x, y, z in seen.values()):
+            raise UnsupportedModel(f"{name}: its layers differ in heads, head dimension or scale")
         return ModelSpec(
             architecture=name,
             layers=len(seen),
             kv_heads=k.shape[0],
             queries_per_kv_head=q.shape[0] // k.shape[0],
             head_dim=k.shape[-1],
+            scale=scale,
             vocabulary=config.vocab_size,
             max_positions=config.max_position_embeddings,
             dtype=k.dtype,
             device=k.device,
         )
 
-    def _check_rotation(
-        self, plain: dict[int, tuple[Tensor, Tensor]], rotated: dict[int, tuple[Tensor, Tensor]]
-    ) -> None:
+    def _check_rotation(self, plain: Seen, rotated: Seen) -> None:
         """Refuse a model that rotates otherwise than `rope` does, in any layer."""
-        for layer, (q, k) in plain.items():
-            for ours, own in zip(self.rope(q, k, 0), rotated[layer], strict=True):
+        for layer, (q, k, _) in plain.items():
+            for ours, own in zip(self.rope(q, k, 0), rotated[layer][:2], strict=True):
                 if not _relative_error(ours, own) <= _rounding(own.dtype):
                     raise UnsupportedModel(
                         f"{self.spec.architecture}: layer {layer} doesn't rotate queries and keys as RoPE does"

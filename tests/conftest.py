@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from segcore.config import Cell, SegmentedConfig
+from segcore.config import Cell, LtriConfig, SegmentedConfig
 from segcore.model import CausalLM
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
 
@@ -71,6 +71,25 @@ SEGMENT = {
 def tiny_segment(**changes: object) -> SegmentedConfig:
     """Policy `segmented` with a segment of 16 tokens, small enough that a short stream crosses many boundaries."""
     return SegmentedConfig(**(SEGMENT | changes))  # type: ignore[arg-type]
+
+
+SPANS = {
+    "segment_tokens": 16,
+    "sink_tokens": 2,
+    "reader_tail_tokens": 4,
+    "retrieved_tokens": 8,
+    "query_window_tokens": 6,
+    "selectors": (Cell(1, 0), Cell(1, 1)),
+    "local_tokens": 16,
+    "span_min_tokens": 2,
+    "span_max_tokens": 4,
+    "vote_tokens": 2,
+}
+
+
+def tiny_spans(**changes: object) -> LtriConfig:
+    """Policy `ltri` with a segment of 16 tokens, cut into spans of 2 to 4."""
+    return LtriConfig(**(SPANS | changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,12 +9,13 @@ from segcore.policies.duo import DuoPolicy
 from segcore.policies.full import FullPolicy
 from segcore.policies.lagkv import LagKVPolicy
 from segcore.policies.longgen import LongGenPolicy
+from segcore.policies.ltri import LtriPolicy
 from segcore.policies.segmented import SegmentedPolicy
 from segcore.policies.streaming import StreamingPolicy
 
 POLICIES: dict[str, type[Policy[Any]]] = {
     policy.name: policy
-    for policy in (FullPolicy, StreamingPolicy, SegmentedPolicy, LongGenPolicy, LagKVPolicy, DuoPolicy)
+    for policy in (FullPolicy, StreamingPolicy, SegmentedPolicy, LongGenPolicy, LagKVPolicy, LtriPolicy, DuoPolicy)
 }
 
 
