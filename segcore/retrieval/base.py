@@ -64,7 +64,7 @@ class KeyIndex(ABC):
         assert stop <= self.length, (stop, self.length)
         if stop <= first or tokens == 0:
             return torch.empty(0, dtype=torch.long)
-        queries = [q.to(self._spec.device) for q in queries_CGWD]
+        queries = [q.detach().to(self._spec.device) for q in queries_CGWD]
         return self._search(queries, first=first, stop=stop, tokens=tokens).cpu()
 
     def truncate(self, tokens: int) -> None:

@@ -47,15 +47,17 @@ def best_of_blocks(scores: Iterable[Tensor], *, first: int, stop: int, block: in
     bests: list[Tensor] = []
     at, rest = 0, None
     for piece in scores:
-        inside = piece.clone()
-        inside[: max(0, first - at)] = -torch.inf
-        inside[max(0, stop - at) :] = -torch.inf
+        if at < first or at + len(piece) > stop:
+            piece = piece.clone()
+            piece[: max(0, first - at)] = -torch.inf
+            piece[max(0, stop - at) :] = -torch.inf
         at += len(piece)
         # A block that the piece ends within waits for the next piece.
-        inside = inside if rest is None else torch.cat([rest, inside])
-        whole = len(inside) // block * block
-        bests.append(inside[:whole].view(-1, block).amax(dim=1))
-        rest = inside[whole:]
+        if rest is not None and len(rest):
+            piece = torch.cat([rest, piece])
+        whole = len(piece) // block * block
+        bests.append(piece[:whole].view(-1, block).amax(dim=1))
+        rest = piece[whole:]
         if at >= stop:
             break
     assert rest is not None, "no scores"

@@ -63,12 +63,9 @@ class ExhaustiveIndex(KeyIndex):
                 yield rows_PCND.to(self._spec.device, non_blocking=True).transpose(0, 1).flatten(1, 2)
 
     def _gather(self, positions_n: Tensor) -> Tensor:
-        """Keys of ascending positions, [C, n, D]."""
-        page_n = positions_n // (PAGE_ROWS * self._segment)
-        parts = []
-        for i in torch.unique(page_n).tolist():
-            at = positions_n[page_n == i]
-            page = self._keys.page(i)
-            rows, columns = (at // self._segment % PAGE_ROWS).to(page.device), (at % self._segment).to(page.device)
-            parts.append(page[rows, :, columns].to(self._spec.device))
-        return torch.cat(parts).transpose(0, 1)
+        """Keys of ascending positions, [C, n, D], from an index that lives in host memory."""
+        row_n, column_n = positions_n // self._segment, positions_n % self._segment
+        pages, counts = torch.unique_consecutive(row_n // PAGE_ROWS, return_counts=True)
+        where = zip(pages.tolist(), *(x.split(counts.tolist()) for x in (row_n % PAGE_ROWS, column_n)), strict=True)
+        parts = [self._keys.page(i)[rows, :, columns] for i, rows, columns in where]
+        return torch.cat(parts).to(self._spec.device).transpose(0, 1)

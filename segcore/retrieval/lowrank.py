@@ -69,6 +69,7 @@ class LowRankIndex(KeyIndex):
         if -(-stop // self._spec.block) <= candidates:
             return self._exact.search(queries_CGWD, first=first, stop=stop, tokens=tokens, block=self._spec.block)
         best_B = best_of_blocks(self._estimates(queries_CGWD), first=first, stop=stop, block=self._spec.block)
+        best_B = best_B * self._spec.head_dim**-0.5
         top = torch.sort(best_B, descending=True, stable=True).indices[:candidates]
         top = top[best_B[top] > -torch.inf].sort().values
         exact = self._exact.best_of(queries_CGWD, top.cpu(), first=first, stop=stop)
@@ -87,7 +88,7 @@ class LowRankIndex(KeyIndex):
             self._codes, self._decoders = self._codes.fork(), self._decoders.fork()
 
     def _estimates(self, queries_CGWD: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Estimated scores in stream order, in pieces."""
+        """Estimated scores in stream order, in pieces, before their scaling."""
         queries = torch.stack(list(queries_CGWD)).to(self._compute)
         heads = queries.shape[1:3]
         step = self._step(self._spec.selectors * heads.numel() * self._segment)
@@ -96,9 +97,8 @@ class LowRankIndex(KeyIndex):
             codes = codes_PCKN.to(self._spec.device, non_blocking=True)
             for q, c in zip(q_PCMK.split(step), codes.split(step), strict=True):
                 similarity = torch.bmm(q.flatten(0, 1), c.to(self._compute).flatten(0, 1))
-                best_xGN = _window_max(similarity.unflatten(1, heads))
-                scores_PCN = best_xGN.float().sum(dim=1).unflatten(0, q.shape[:2])
-                yield scores_PCN.sum(dim=1).flatten() * self._spec.head_dim**-0.5
+                best_PCGN = _window_max(similarity.unflatten(1, heads)).unflatten(0, q.shape[:2])
+                yield best_PCGN.sum(dim=(1, 2), dtype=torch.float32).flatten()
 
 
 def _compress(keys_CND: Tensor, rank: int) -> tuple[Tensor, Tensor]:
