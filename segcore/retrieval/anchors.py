@@ -1,6 +1,6 @@
-"""Choosing the retrieved prefix: which past tokens the reader cells see next (design, section 6, `global`).
+"""Each cell's own choice, by anchors: the published operator (design, section 6, `cell`; arXiv 2605.11744, app. D).
 
-Shapes: G query heads of a selector, W tokens of the query window, N past tokens, B blocks, D head dimension.
+Shapes: G query heads of a cell, W tokens of the query window, s summaries, n tokens of a piece, D head dimension.
 """
 
 from __future__ import annotations
@@ -9,56 +9,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-
-# "Less a hair": what a block's score loses when it is lent to its neighbours. Large enough to survive fp32 beside
-# scores of some hundreds, small against any difference that matters.
-NEIGHBOUR_MARGIN = 1e-3
-
-
-def score_tokens(queries_GWD: Sequence[Tensor], keys: Iterable[Tensor], scale: float) -> Tensor:
-    """Score past tokens by the selectors' query windows.
-
-    A token's score is the sum, over the selectors' query heads, of its key's largest dot product with any query of
-    the window, times `scale`; in fp32 (fp64 for fp64 models), unaveraged, before RoPE.
-
-    queries_GWD: one window per selector. keys: pieces of the past in stream order, [selectors, n, D]
-    each; read once, piece by piece, so that memory doesn't depend on N. Returns scores_N.
-    """
-    wide = torch.promote_types(queries_GWD[0].dtype, torch.float32)
-    queries = [q.to(wide) for q in queries_GWD]
-    pieces = []
-    for piece in keys:
-        score = torch.zeros((), dtype=wide, device=queries[0].device)
-        for q_GWD, key_nD in zip(queries, piece, strict=True):
-            similarity = q_GWD.flatten(0, 1) @ key_nD.to(device=q_GWD.device, dtype=wide).T
-            score = score + similarity.unflatten(0, q_GWD.shape[:2]).amax(dim=1).sum(dim=0)
-        pieces.append(score * scale)
-    return torch.cat(pieces)
-
-
-def choose_blocks(scores_N: Tensor, *, first: int, stop: int, tokens: int, block: int) -> Tensor:
-    """The positions in [first, stop) that form the retrieved prefix: at most `tokens`, ascending.
-
-    The stream is cut into blocks of `block` tokens; a block scores its best candidate, and lends its two neighbours
-    that score less NEIGHBOUR_MARGIN; the best tokens/block blocks win, ties to the earlier one. Tokens outside
-    [first, stop) are no candidates.
-    """
-    if stop <= first or tokens == 0:
-        return torch.empty(0, dtype=torch.long, device=scores_N.device)
-    blocks = -(-stop // block)
-    padded = scores_N.new_full((blocks * block,), -torch.inf)
-    padded[first:stop] = scores_N[first:stop]
-    best_B = padded.view(blocks, block).amax(dim=1)
-    lent_B = best_B.clone()
-    lent_B[1:] = torch.maximum(lent_B[1:], best_B[:-1] - NEIGHBOUR_MARGIN)
-    lent_B[:-1] = torch.maximum(lent_B[:-1], best_B[1:] - NEIGHBOUR_MARGIN)
-    # A block without a candidate never wins, whoever its neighbours are.
-    lent_B[best_B == -torch.inf] = -torch.inf
-    order = torch.sort(lent_B, descending=True, stable=True).indices[: tokens // block]
-    chosen = order[lent_B[order] > -torch.inf].sort().values
-    positions = (chosen[:, None] * block + torch.arange(block, device=chosen.device)).flatten()
-    return positions[(positions >= first) & (positions < stop)]
-
 
 # The published operator's numbers (arXiv 2605.11744, appendix D).
 SUMMARY_TOKENS, SUMMARY_STRIDE, LATEST_TOKENS = 8, 4, 4
