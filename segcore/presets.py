@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from segcore.config import Cell, SegmentConfig
+from segcore.config import SegmentConfig
+from segcore.heads.report import HeadsReport
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
-# Other models name their own selectors.
-SEGMENT_PRESETS = {DEFAULT_MODEL: SegmentConfig(selectors=(Cell(17, 1), Cell(18, 2)))}
+# Models whose cells were searched with `segcore heads`; for others it takes some minutes.
+SHIPPED_HEADS = {DEFAULT_MODEL: Path(__file__).parent / "data" / "heads" / f"{DEFAULT_MODEL}.json"}
 
 
 def segment_preset(model: str) -> SegmentConfig:
     """The measured settings of a model; the plain defaults for others."""
-    return SEGMENT_PRESETS.get(model, SegmentConfig())
+    plain = SegmentConfig()
+    return HeadsReport.read(SHIPPED_HEADS[model]).apply(plain) if model in SHIPPED_HEADS else plain
 
 
 def cache_directory() -> Path:

@@ -26,8 +26,8 @@ class SegmentedPolicy(Policy):
         super().__init__(config, spec, rope)
         if config.retrieved_tokens and not config.selectors:
             raise ConfigError(
-                f"policy 'segmented' needs the selector cells of {spec.architecture}: set selectors to (layer, KV head)"
-                " pairs, set retrieved_tokens=0 to run without retrieval, or choose policy 'full'"
+                f"policy 'segmented' needs the selector cells of {spec.architecture}: find them with `segcore heads`,"
+                " set retrieved_tokens=0 to run without retrieval, or choose policy 'full'"
             )
         if config.prefix_tokens + config.segment_tokens > spec.max_positions:
             raise ConfigError(
