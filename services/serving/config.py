@@ -11,13 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig
 from segcore.errors import ConfigError
+from segcore.heads.report import HeadsReport
 from segcore.presets import DEFAULT_MODEL, cache_directory, segment_preset
 
 
 class ServeConfig(BaseModel):
     """A segcore service.
 
-    segment: fields of SegmentConfig that differ from the model's preset. threads: torch's, None for its own choice.
+    segment: fields of SegmentConfig that differ from the model's preset. heads: a file that `segcore heads` wrote for
+    the model; None: what is shipped for it, if anything. threads: torch's, None for its own choice.
     past_directory: where past KV is written through to. window_bytes: what a client may send beyond what is committed;
     it bounds what waits when the last byte is sent, and so the time to the first token.
     """
@@ -29,6 +31,7 @@ class ServeConfig(BaseModel):
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     segment: dict[str, Any] = {}
+    heads: Path | None = None
     chunk_tokens: int = Field(default=1024, ge=1)
     replicas: int = Field(default=1, ge=1)
     gpus_per_replica: float = Field(default=0, ge=0)
@@ -71,6 +74,8 @@ class ServeConfig(BaseModel):
     def segment_config(self) -> SegmentConfig:
         """The model's preset with this configuration's changes. Raises ConfigError."""
         preset = segment_preset(self.model)
+        if self.heads is not None:
+            preset = HeadsReport.read(self.heads).apply(preset)
         unknown = set(self.segment) - {field.name for field in dataclasses.fields(preset)}
         if unknown:
             raise ConfigError(f"segment has no field {', '.join(sorted(unknown))}")
