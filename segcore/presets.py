@@ -7,11 +7,12 @@ from pathlib import Path
 
 from segcore.config import Cell, SegmentConfig, SegmentedConfig
 from segcore.errors import ConfigError
+from segcore.heads.report import HeadsReport
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
-# Other models name their own selectors.
-SEGMENT_PRESETS = {DEFAULT_MODEL: SegmentedConfig(selectors=(Cell(17, 1), Cell(18, 2)))}
+# Models whose cells were searched with `segcore heads`; for others it takes some minutes.
+SHIPPED_HEADS = {DEFAULT_MODEL: Path(__file__).parent / "data" / "heads" / f"{DEFAULT_MODEL}.json"}
 
 # The heads of Llama-2-7B, 32 layers of 32, that look back (arXiv 2605.11744): its best 16 retrieval heads by index, and
 # the layers that read. The paper's text has layer 18 for 16; its code, and the model's best retrieval heads, have 16.
@@ -27,7 +28,8 @@ def segment_preset(model: str, name: str = "default") -> SegmentConfig:
     Raises ConfigError for another name, and for "paper" with a model whose name isn't one of Llama-2-7B.
     """
     if name == "default":
-        return SEGMENT_PRESETS.get(model, SegmentedConfig())
+        plain = SegmentedConfig()
+        return HeadsReport.read(SHIPPED_HEADS[model]).apply(plain) if model in SHIPPED_HEADS else plain
     if name != "paper":
         raise ConfigError(f"unknown preset {name!r}; known: default, paper")
     if PAPER_MODEL not in model.lower():

@@ -62,6 +62,20 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=int)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before it; repeatable")
     ask.set_defaults(run=_ask)
+
+    heads = commands.add_parser("heads", help="find the cells of a model that choose what is retrieved")
+    heads.add_argument("model", metavar="MODEL", help="smollm2-135m-instruct, a directory, a .gguf file, or a hub id")
+    heads.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="default: the current one")
+    heads.add_argument("--text", type=Path, metavar="FILE", help="to hide facts in; default: Python's own reference")
+    heads.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="default: 1024 2048 4096 7168")
+    heads.add_argument(
+        "--depths", type=float, nargs="+", metavar="0..1", help="of the facts, 0 is oldest; default: eight"
+    )
+    heads.add_argument("--rounds", type=int, help="streams for each length and form of fact; default: 1")
+    heads.add_argument("--seed", type=int, help="default: 0")
+    heads.add_argument("--selectors", type=int, default=2, metavar="K", help="find at most so many; default: 2")
+    heads.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16, ...")
+    heads.set_defaults(run=_heads)
     return parser
 
 
@@ -103,6 +117,17 @@ def _ask(options: argparse.Namespace) -> int:
             address = stack.enter_context(local_service(_config(options, grpc_port=0, http_port=0)))
         client = stack.enter_context(Client(address))
         ask(client, source, size, options.questions, params, options.figures)
+    return 0
+
+
+def _heads(options: argparse.Namespace) -> int:
+    from segcore.heads.probes import ProbeConfig
+    from services.heads import find
+
+    names = ("lengths", "depths", "rounds", "seed")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    find(options.model, options.output, options.text, ProbeConfig(**(given | lists)), options.selectors, options.dtype)
     return 0
 
 

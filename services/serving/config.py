@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig, segment_config
 from segcore.errors import ConfigError
+from segcore.heads.report import HeadsReport
 from segcore.presets import DEFAULT_MODEL, cache_directory, segment_preset
 
 
@@ -18,6 +19,7 @@ class ServeConfig(BaseModel):
     """A segcore service.
 
     segment: "policy", and its options that differ from the model's preset or the policy's defaults.
+    heads: a file that `segcore heads` wrote for the model; None: what is shipped for it, if anything.
     threads: torch's, None for its own choice.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
     address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.
@@ -32,6 +34,7 @@ class ServeConfig(BaseModel):
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     segment: dict[str, Any] = {}
+    heads: Path | None = None
     chunk_tokens: int = Field(default=1024, ge=1)
     replicas: int = Field(default=1, ge=1)
     gpus_per_replica: float = Field(default=0, ge=0)
@@ -86,4 +89,6 @@ class ServeConfig(BaseModel):
         """
         preset, options = segment_preset(self.model), dict(self.segment)
         policy = options.pop("policy", preset.policy)
-        return segment_config(policy, **(dataclasses.asdict(preset) if policy == preset.policy else {}) | options)
+        inherited = dataclasses.asdict(preset) if policy == preset.policy else {}
+        config = segment_config(policy, **inherited | options)
+        return config if self.heads is None else HeadsReport.read(self.heads).apply(config)

@@ -11,12 +11,12 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from segcore.pastkv.disk import PAGE_TOKENS, DiskTier
+from segcore.pastkv.host import HostTier
 
 from segcore.config import CacheConfig
 from segcore.errors import BlockDamaged, BlockMissing, PastKVError, StorageFull
 from segcore.pastkv.base import BlockKey, PastLayout
-from segcore.pastkv.disk import PAGE_TOKENS, DiskTier
-from segcore.pastkv.host import HostTier
 from segcore.pastkv.manager import PastKVManager
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
