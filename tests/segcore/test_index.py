@@ -11,6 +11,7 @@ from segcore.retrieval import INDEXES, choose_blocks, make_index, score_tokens
 from segcore.retrieval import base as index_base
 from segcore.retrieval import pages as index_pages
 from segcore.retrieval.base import IndexSpec
+from segcore.retrieval.choose import best_of_blocks
 from segcore.retrieval.lowrank import LowRankIndex, _compress, _window_max
 from segcore.retrieval.pages import Pages
 
@@ -97,6 +98,27 @@ def test_i9_candidates_are_judged_by_their_exact_keys(case, budget, misled):
         return
     rng = torch.Generator().manual_seed(misled)
     index._codes = garbled(index._codes, rng)
+    assert index.search(queries, **limits).tolist() == oracle(keys, queries, **limits)
+
+
+def test_tokens_that_are_no_candidates_do_not_speak_for_their_block():
+    """`first` and `stop` lie inside blocks, and the tokens just beyond them would score best of all."""
+    keys, queries = correlated(4 * SEGMENT, 0)
+    first, stop = 6, 4 * SEGMENT - 2
+    keys[:, [first - 1, stop]] = 100 * queries[0].mean(dim=(0, 1))
+    index = filled(INDEXES["exhaustive"](spec(budget=0)), keys)
+    scores = score_tokens(queries, [keys], D**-0.5)
+    expected = best_of_blocks([scores], first=first, stop=stop, block=BLOCK)
+    got = index.best_of(queries, torch.arange(1, len(expected)), first=first, stop=stop)
+    torch.testing.assert_close(got, expected[1:])
+
+
+def test_blocks_without_candidates_stay_out():
+    """Most blocks end before `first`, and the first token that is a candidate scores best of all."""
+    keys, queries = correlated(8 * SEGMENT, 0)
+    limits = limits_for(8 * SEGMENT, first=160)
+    keys[:, 160] = 100 * queries[0].mean(dim=(0, 1))
+    index = filled(LowRankIndex(spec(), oversampling=11), keys)
     assert index.search(queries, **limits).tolist() == oracle(keys, queries, **limits)
 
 
