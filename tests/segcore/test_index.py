@@ -184,30 +184,28 @@ def test_blocks_need_not_end_where_segments_do():
 
 
 def realistic(tokens, seed):
-    """Keys of the default model's shape and spectrum; queries look for tokens of the past, with noise."""
+    """Keys of the default model's shape and spectrum, and queries that look everywhere: the hardest to rank."""
     rng = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(2, 64, 64, generator=rng))[0]
     std = 2 / (1 + (torch.arange(64) / 14) ** 6).sqrt()
     mean = 15 * torch.nn.functional.normalize(torch.randn(2, 1, 64, generator=rng) * std, dim=-1)
-    inner = torch.randn(2, tokens, 64, generator=rng) * std
-    looked_for = inner[:, torch.randint(tokens, (64,), generator=rng)][:, None]
-    queries = mean[:, None] + 0.7 * looked_for + 0.7 * torch.randn(2, 3, 64, 64, generator=rng) * std
-    return ((mean + inner) @ basis.mT).bfloat16(), list((queries @ basis.mT[:, None]).bfloat16())
+    keys = mean + torch.randn(2, tokens, 64, generator=rng) * std
+    queries = mean[:, None] + torch.randn(2, 3, 64, 64, generator=rng) * std
+    return (keys @ basis.mT).bfloat16(), list((queries @ basis.mT[:, None]).bfloat16())
 
 
 def test_recall_and_memory_of_the_shipped_index(monkeypatch):
-    """At 32,768 tokens a quarter of the blocks are candidates; benchmarks/retrieval.py goes further."""
+    """With a quarter of its candidates: at this length all of them would hide a bad estimate."""
     monkeypatch.setattr(index_pages, "PAGE_ROWS", 64)
     monkeypatch.setattr("segcore.retrieval.exhaustive.PAGE_ROWS", 64)
     monkeypatch.setitem(index_base._SCRATCH_NUMBERS, "cpu", 2**20)
     length, recall = 32768, []
     limits = {"first": 4, "stop": length - 256, "tokens": 512, "block": 16}
+    default = spec(torch.bfloat16, head_dim=64, block=16)
     for seed in range(3):
         keys, queries = realistic(length, seed)
-        shipped, exact = (
-            filled(make_index(name, selectors=2, head_dim=64, dtype=torch.bfloat16, device=CPU, block=16), keys, 1024)
-            for name in ("lowrank", "exhaustive")
-        )
+        shipped = filled(LowRankIndex(default, oversampling=4), keys, 1024)
+        exact = filled(INDEXES["exhaustive"](default), keys, 1024)
         right = exact.search(queries, **limits)
         recall.append(torch.isin(right, shipped.search(queries, **limits)).float().mean().item())
         assert shipped.device_bytes <= 64 * length
