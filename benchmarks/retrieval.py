@@ -88,8 +88,9 @@ class Recorder:
         self.keys: list[Tensor] = []
         self.queries: list[Tensor] = []
 
-    def __call__(self, tokens_T: Tensor, attend: Attend, *, all_logits: bool = False) -> Tensor:
+    def batch(self, tokens_BT: Tensor, attends: Sequence[Attend], *, all_logits: bool = False) -> Tensor:
         self.keys, self.queries = [], []
+        (attend,) = attends
 
         def record(layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
             for cell in PRESET.selectors:
@@ -98,7 +99,7 @@ class Recorder:
                     self.queries.append(q_HGTD[cell.kv_head].clone())
             return attend(layer, q_HGTD, k_HTD, v_HTD, scale)
 
-        return self._lm(tokens_T, record, all_logits=all_logits)
+        return self._lm.batch(tokens_BT, [record], all_logits=all_logits)
 
 
 def stream_through(lm: CausalLM, segments: Iterator[Tensor]) -> Stream:

@@ -32,7 +32,7 @@ class LowRankIndex(KeyIndex):
     _codes: Pages  # rows [C, K, N], int8
     _decoders: Pages  # rows [C, D, K]
 
-    def __init__(self, spec: IndexSpec, *, oversampling: int = 16) -> None:
+    def __init__(self, spec: IndexSpec, *, oversampling: int = 8) -> None:
         super().__init__(spec)
         self._exact = ExhaustiveIndex(dataclasses.replace(spec, device_budget_bytes=0))
         self._oversampling = oversampling

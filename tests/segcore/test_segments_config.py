@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segcore.config import CacheConfig, Cell, EngineConfig, SegmentedConfig
+from segcore.config import (
+    SEGMENT_CONFIGS,
+    CacheConfig,
+    Cell,
+    EngineConfig,
+    LagKVConfig,
+    SegmentedConfig,
+    segment_config,
+)
 from segcore.errors import ConfigError
 from segcore.segments import is_refresh_point, tokens_to_next_cut
 
@@ -149,3 +157,12 @@ def test_unknown_fields_are_refused_and_configs_are_frozen(kind):
 def test_zero_budgets_are_allowed():
     config = CacheConfig(host_bytes=0, disk_bytes=0, directory=Path("unused"))
     assert (config.host_bytes, config.disk_bytes) == (0, 0)
+
+
+def test_policies_are_configured_by_name():
+    assert segment_config("lagkv", lag_tokens=128) == LagKVConfig(lag_tokens=128)
+    assert {segment_config(policy).policy for policy in SEGMENT_CONFIGS} == set(SEGMENT_CONFIGS)
+    with pytest.raises(ConfigError, match="unknown policy 'psychic'; known: duo, full,"):
+        segment_config("psychic")
+    with pytest.raises(ConfigError, match="policy 'full' has no option sink_tokens; it has segment_tokens"):
+        segment_config("full", sink_tokens=4)
