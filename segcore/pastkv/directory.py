@@ -36,7 +36,7 @@ STALE_S = 3600.0
 class DirectoryTier:
     """A `Tier` in a folder, within `budget_bytes` (None: as much as the disk holds).
 
-    What this process put counts against the budget: a block's tensors; its header, some KiB, doesn't.
+    What this process put counts against the budget, as bytes of files.
     """
 
     def __init__(self, name: str, folder: Path, blocks: BlockFormat, budget_bytes: int | None) -> None:
@@ -63,20 +63,18 @@ class DirectoryTier:
     def put(self, block: Block, spare: Iterable[str] = ()) -> None:
         if self.holds(block.key):
             return
-        spare = iter(spare)
-        self._make_room(block.nbytes, spare)
+        spare, parts = iter(spare), self._format.encode(block)
+        size = sum(map(len, parts))
+        self._make_room(size, spare)
         for last_try in (False, True):
             try:
-                self._write(self._path(block.key), self._format.encode(block))
+                self._write(self._path(block.key), parts)
                 break
             except OSError as error:
-                if last_try or not self._helped(error, block.nbytes, spare):
+                if last_try or not self._helped(error, size, spare):
                     full = error.errno in FULL
                     raise (StorageFull if full else TierUnavailable)(f"can't write past KV: {error}") from error
-        with self._lock:
-            self._forget(block.key)
-            self._sizes[block.key] = block.nbytes
-            self._used_bytes += block.nbytes
+        self._count(block.key, size)
 
     def rows(self, key: str, rows_n: Tensor) -> Tensor:
         with self._open(key) as read:
@@ -109,6 +107,12 @@ class DirectoryTier:
 
     def _make_folder(self) -> None:
         self.folder.mkdir(exist_ok=True)
+
+    def _count(self, key: str, size: int) -> None:
+        with self._lock:
+            self._forget(key)
+            self._sizes[key] = size
+            self._used_bytes += size
 
     def _forget(self, key: str) -> None:
         """Stop counting a block; the lock is held."""
@@ -249,8 +253,6 @@ class SharedDirectory(DirectoryTier):
                 os.utime(self._path(block.key))
             return
         super().put(block)
-        with self._lock:
-            self._found_bytes += block.nbytes
 
     def delete(self, key: str) -> None:
         with suppress(OSError), self._lock:
@@ -267,6 +269,11 @@ class SharedDirectory(DirectoryTier):
             self._scan()  # what was found before is gone, or has been used since
             self._sweep(self.budget_bytes - needed_bytes)
         super()._make_room(needed_bytes, spare)
+
+    def _count(self, key: str, size: int) -> None:
+        super()._count(key, size)
+        with self._lock:
+            self._found_bytes += size
 
     def _helped(self, error: OSError, needed_bytes: int, spare: Iterator[str]) -> bool:
         if error.errno not in FULL:

@@ -135,7 +135,7 @@ class PastKVManager:
             block = replace(block, boundary=boundary)
             self._host.put(block)
             self._write(block)
-            self._write_again()
+            self._write_again(1)
 
     def share(self, key: str, index: dict[str, Tensor]) -> dict[str, Tensor]:
         """One more stream uses a block; returns the copy of its index that they all use. Raises StorageFull."""
@@ -185,7 +185,8 @@ class PastKVManager:
         with self._lock:
             reading = self._reading.get(key)
             if reading is not None and reading.cancel():
-                reading = self._reading.pop(key, None)
+                del self._reading[key]
+                reading = None
         if reading is not None:
             wait([reading])
         return self._some_rows(key, torch.unique(rows_n)).take(rows_n)
@@ -257,7 +258,11 @@ class PastKVManager:
                 self._reserved_bytes -= needed_bytes
 
     def _reserve(self, needed_bytes: int, *, patient: bool = True) -> bool:
-        """Set room in host memory apart; whether there was enough. Patient: waits for writes, gives up rows."""
+        """Set room in host memory apart; whether there was enough.
+
+        patient: gives up rows, waits for writes, and tries failed ones once more.
+        """
+        tried_again = False
         while True:
             with self._lock:
                 if self.host_bytes + self._reserved_bytes + needed_bytes <= self._config.host_bytes:
@@ -272,10 +277,16 @@ class PastKVManager:
                         self._host.delete(spare)
             elif not patient:
                 return False
-            elif not self._rows.delete_oldest():
-                if not writing:
-                    return False
+            elif self._rows.delete_oldest():
+                continue
+            elif writing:
                 wait(writing, return_when="FIRST_COMPLETED")
+            elif tried_again:
+                return False
+            else:
+                with self._lock:
+                    self._write_again(len(self._unwritten))
+                tried_again = True
 
     def _is_spare(self, key: str) -> bool:
         """Whether host memory may forget a block: nobody uses it, or it is held elsewhere."""
@@ -307,15 +318,13 @@ class PastKVManager:
         if self._slower and block.key not in self._writing:
             self._writing[block.key] = self._writer.submit(self._write_through, block)
 
-    def _write_again(self) -> None:
-        """Try once more to write the block whose write failed the longest ago; the lock is held."""
-        while self._unwritten:
-            key = next(iter(self._unwritten))
+    def _write_again(self, most: int) -> None:
+        """Try once more to write blocks whose write failed, the longest ago first; the lock is held."""
+        for key in list(self._unwritten)[:most]:
             del self._unwritten[key]
             block = self._host.find(key)
             if key in self._uses and block is not None and block.boundary:
                 self._write(block)
-                return
 
     def _write_through(self, block: Block) -> None:
         """Write a block to all slower tiers. On the writer's thread; raises nothing."""

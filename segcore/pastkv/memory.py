@@ -42,7 +42,7 @@ class MemoryTier:
         kv_SC2D = self._copy(block.kv_SC2D)
         with self._lock:
             self.delete(block.key)
-            for key in spare:
+            for key in spare if block.nbytes <= self.budget_bytes else ():
                 if self._used_bytes + block.nbytes <= self.budget_bytes:
                     break
                 self.delete(key)
