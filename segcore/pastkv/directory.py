@@ -209,7 +209,7 @@ class LocalDisk(DirectoryTier):
             fcntl.flock(starting, fcntl.LOCK_EX)
             _remove_abandoned(directory)
             self.folder.mkdir(mode=0o700, exist_ok=True)
-            lock = os.open(self.folder / "lock", os.O_CREAT | os.O_WRONLY, 0o600)
+            lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDONLY, 0o600)
             self._held.append(lock)
             with suppress(BlockingIOError):  # ours from before
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

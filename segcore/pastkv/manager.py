@@ -305,13 +305,18 @@ class PastKVManager:
 
     def _lost(self, tier: Tier, key: str) -> None:
         """A tier doesn't have a block: a fault if it had."""
+        if self._held_no_more(tier, key):
+            self._guard.count(tier, BlockMissing(f"block {key} left the {tier.name} tier"))
+
+    def _held_no_more(self, tier: Tier, key: str) -> bool:
+        """Note that a tier doesn't have a block; whether it was known to."""
         with self._lock:
             use = self._uses.get(key)
             if use is None or tier.name not in use.held:
-                return
+                return False
             use.held.discard(tier.name)
             self._unwritten[key] = None
-        self._guard.count(tier, BlockMissing(key))
+            return True
 
     def _write(self, block: Block) -> None:
         """Hand a block to the writer; the lock is held."""
@@ -411,6 +416,7 @@ class PastKVManager:
             except (BlockDamaged, BlockMismatch) as error:
                 log.warning("%s tier: %s", tier.name, error.message)
                 self._guard.attempt_or(None, tier, lambda t: t.delete(key))
+                self._held_no_more(tier, key)
                 failure = error
             except PastKVError as error:
                 failure = error

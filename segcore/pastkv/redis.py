@@ -131,7 +131,7 @@ class RedisTier:
         except redis.OutOfMemoryError as error:
             raise StorageFull(f"Redis is full: {error}") from error
         except (redis.RedisError, OSError) as error:
-            if str(error).startswith("WRONGTYPE"):
+            if "WRONGTYPE" in str(error):
                 raise BlockDamaged(f"something else stands in a block's place: {error}") from error
             raise TierUnavailable(f"Redis doesn't answer: {error}") from error
 

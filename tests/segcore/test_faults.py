@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from segcore.fingerprint import Fingerprint
 from segcore.model import CausalLM
 from segcore.pastkv import guard
 from segcore.pastkv import redis as redis_tier
-from segcore.pastkv.directory import DirectoryTier, LocalDisk
+from segcore.pastkv.directory import DirectoryTier, LocalDisk, SharedDirectory
 from segcore.pastkv.format import BlockFormat
 from segcore.pastkv.manager import PastKVManager
 from segcore.pastkv.redis import RedisTier
@@ -48,11 +47,11 @@ EVERY_TOKEN = 24
 def make_engine(tiny_lm: CausalLM) -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
-    def make(model: CausalLM = tiny_lm, *, host_bytes: int = LITTLE, **changes: object) -> Engine:
+    def make(lm: CausalLM = tiny_lm, /, *, host_bytes: int = LITTLE, **changes: object) -> Engine:
         engine = {f.name for f in dataclasses.fields(EngineConfig)}
         cache = {name: changes.pop(name) for name in list(changes) if name not in engine}
         values: dict[str, object] = {"segment": tiny_segment(), "chunk_tokens": 8} | changes
-        made.append(Engine(model, EngineConfig(**values, cache=CacheConfig(host_bytes=host_bytes, **cache))))
+        made.append(Engine(lm, EngineConfig(**values, cache=CacheConfig(host_bytes=host_bytes, **cache))))
         return made[-1]
 
     yield make
@@ -250,7 +249,7 @@ def test_engines_that_differ_share_nothing(make_engine, tmp_path, field):
 
 
 def test_tenants_share_nothing(make_engine, tmp_path, undisturbed):
-    engine = make_engine(directory=tmp_path)
+    engine = make_engine(directory=tmp_path, host_bytes=2 * LITTLE)
     read(engine, "a", tenant="a")
     settled(engine)
     count = len(files(tmp_path))
@@ -314,7 +313,7 @@ def test_a_full_disk(make_engine, tmp_path, undisturbed):
         settled(engine)
         assert engine.stats().faults["disk.StorageFull"] > 0
         assert not list(tiny.rglob("*.partial"))
-        assert len(files(tiny)) in (1, 2, 3)
+        assert 0 < len(files(tiny)) < len(STREAM) // 16
         little = make_engine(directory=tiny)
         little.open("s")
         little.append("s", STREAM)
@@ -397,26 +396,25 @@ def test_a_removed_tier_comes_back(make_engine, tmp_path, undisturbed, kind):
     assert files(folder)
 
 
-def test_a_shared_directory_swept_by_another_process(make_engine, tmp_path, undisturbed):
-    """Blocks of a live session vanish again and again while it answers."""
-    engine, ended = make_engine(shared=str(tmp_path)), threading.Event()
-
-    def sweep() -> None:
-        while not ended.wait(0.05):
-            for path in files(tmp_path)[::2]:
-                path.unlink(missing_ok=True)
-
+def test_a_shared_directory_swept_by_others(make_engine, tmp_path, undisturbed):
+    """Blocks of a live session vanish again and again while it answers: another tier's budget has no room for them."""
+    engine, seen = make_engine(shared=str(tmp_path)), []
+    sweeper = SharedDirectory(tmp_path, "other", BlockFormat(Fingerprint()), 5000)
     read(engine)
     settled(engine)
-    for path in files(tmp_path):
-        path.unlink()
-    sweeper = threading.Thread(target=sweep)
-    sweeper.start()
-    try:
-        assert answer(engine) == undisturbed
-    finally:
-        ended.set()
-        sweeper.join()
+
+    def on_token(token: int) -> bool:
+        seen.append(token)
+        if len(seen) in (1, 9, 17):
+            sweeper._scan()
+            sweeper.put(block(len(seen)))
+        return False
+
+    asked = Generation(SamplingParams(max_tokens=EVERY_TOKEN), on_token)
+    engine.mark("s")
+    engine.generate("s", asked)
+    assert asked.done.result(SECONDS) == "length"
+    assert seen == undisturbed
     assert engine.stats().faults["shared.BlockMissing"] > 0
 
 
@@ -447,7 +445,7 @@ def test_redis_holds_the_past(make_engine, redis_server, undisturbed):
 
 def test_redis_killed_before_a_read(make_engine, own_redis, undisturbed, impatient):
     """The past was in Redis alone; then host memory must do, and the tokens are run again."""
-    engine = make_engine(shared=own_redis.url, host_bytes=9 * KV_BYTES)
+    engine = make_engine(shared=own_redis.url, host_bytes=100 * KV_BYTES)
     read(engine)
     settled(engine)
     for name in engine._past._host.keys:
@@ -457,7 +455,7 @@ def test_redis_killed_before_a_read(make_engine, own_redis, undisturbed, impatie
     assert engine.stats().faults["shared.TierUnavailable"] > 0
     own_redis.start()
     time.sleep(0.6)
-    read(engine, "later")
+    read(engine, "later", tenant="other")
     settled(engine)
     assert own_redis.client().dbsize() > 0
 
@@ -615,7 +613,7 @@ def test_no_tier_left_at_all(make_engine, tmp_path, undisturbed):
 
 
 def test_a_fault_in_one_session_leaves_others_alone(make_engine, tmp_path, undisturbed, monkeypatch):
-    engine = make_engine(directory=tmp_path)
+    engine = make_engine(directory=tmp_path, host_bytes=2 * LITTLE)
     read(engine, "a", tenant="a")
     settled(engine)
     for path in files(tmp_path):
