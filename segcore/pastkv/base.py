@@ -79,16 +79,19 @@ class Tier(Protocol):
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the blocks that this process put here and that are still here."""
+        """Bytes of the blocks here, as far as known without asking: never slow."""
         ...
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys of these blocks, least recently used or put first."""
+        """The blocks that this process put here and that are still here as far as known, least recently used first."""
         ...
 
-    def put(self, block: Block) -> None:
-        """Store a complete block; readable once this returns, absent if it raises. No effect if it is there."""
+    def put(self, block: Block, spare: Iterable[str] = ()) -> None:
+        """Store a complete block; readable once this returns, absent if it raises. No effect if it is there.
+
+        spare: blocks to forget if room is needed, the first ones first; read only so far as they are needed.
+        """
         ...
 
     def rows(self, key: str, rows_n: Tensor) -> Tensor:
@@ -105,10 +108,6 @@ class Tier(Protocol):
 
     def delete(self, key: str) -> None:
         """Forget a block; no error if it is absent."""
-        ...
-
-    def evict(self, spare: Iterable[str], needed_bytes: int) -> None:
-        """Make room for `needed_bytes` within the tier's budget by forgetting some of `spare`, the first ones first."""
         ...
 
     def close(self) -> None:

@@ -2,17 +2,20 @@
 
 A block is prepared in host memory when its segment closes, and complete once the state after it is known; then a
 thread of its own writes it to the slower tiers. Host memory lets go only of blocks that are held there, or that no
-stream uses any more.
+stream uses any more. Rows that are read from slower tiers, or prefetched from there by threads of their own, stay in
+host memory for a while.
+
+One lock guards the books; it is never held while a slower tier works.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -21,38 +24,36 @@ import torch
 from torch import Tensor
 
 from segcore.config import CacheConfig
-from segcore.errors import (
-    BlockDamaged,
-    BlockMismatch,
-    BlockMissing,
-    ConfigError,
-    PastKVError,
-    StorageFull,
-    TierUnavailable,
-)
+from segcore.errors import BlockDamaged, BlockMismatch, BlockMissing, ConfigError, PastKVError, StorageFull
 from segcore.fingerprint import Fingerprint
 from segcore.pastkv.base import Block, BlockHead, PastLayout, Tier, nbytes
 from segcore.pastkv.directory import LocalDisk, SharedDirectory
 from segcore.pastkv.format import BlockFormat
+from segcore.pastkv.guard import Guard
 from segcore.pastkv.journal import root_key
-from segcore.pastkv.memory import MemoryTier
+from segcore.pastkv.memory import MemoryTier, RowCache, Rows
 from segcore.pastkv.redis import RedisTier
 from segcore.pastkv.session import SessionPast
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# A tier that failed to answer is left alone for so long, so that a dead server costs one time-out, not one a block.
-PAUSE_S = 5.0
+# The share of host memory that rows of blocks in slower tiers may take.
+ROWS_SHARE = 8
+# Blocks that are prefetched at once.
+READERS = 4
 
 
 @dataclass
 class _Use:
-    """Who needs a block. streams: how many. index_bytes: what is searched, kept in memory for them."""
+    """Who needs a block. index: what their choices search, one copy for all. streams: how many they are.
 
+    held: the slower tiers that have the block, as far as known.
+    """
+
+    index: dict[str, Tensor] = field(repr=False)
     streams: int = 0
-    index_bytes: int = 0
-    writing: Future[None] | None = field(default=None, repr=False)
+    held: set[str] = field(default_factory=set)
 
 
 class PastKVManager:
@@ -64,7 +65,7 @@ class PastKVManager:
         fingerprint: Fingerprint | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     ) -> None:
-        self._config, self._fingerprint = config, fingerprint or Fingerprint()
+        self.device, self._config, self._fingerprint = device, config, fingerprint or Fingerprint()
         blocks = BlockFormat(self._fingerprint)
         self._device = MemoryTier("device", config.device_bytes, device) if config.device_bytes else None
         self._host = MemoryTier("host", config.host_bytes, torch.device("cpu"))
@@ -72,11 +73,17 @@ class PastKVManager:
         self._shared = _shared_tier(config, self._fingerprint, blocks)
         self._slower: list[Tier] = [tier for tier in (self._disk, self._shared) if tier is not None]
         self._memory = [tier for tier in (self._device, self._host) if tier is not None]
-        self._uses: dict[str, _Use] = {}
+        self._rows = RowCache(config.host_bytes // ROWS_SHARE if self._slower else 0)
+        self._guard = Guard()
         self._lock = threading.RLock()
+        self._uses: dict[str, _Use] = {}
+        self._reserved_bytes = 0
+        self._writing: dict[str, Future[None]] = {}
+        self._reading: dict[str, Future[None]] = {}
+        self._unwritten: dict[str, None] = {}  # keys whose write failed, the longest ago first
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="segcore-writer")
-        self._paused_until: dict[str, float] = {}
-        self.faults: Counter[str] = Counter()
+        self._reader = ThreadPoolExecutor(READERS, thread_name_prefix="segcore-reader")
+        self._closing = False
 
     def open_stream(self, layout: PastLayout | None, tenant: str = "") -> SessionPast:
         """An empty past for a new stream. Streams of different tenants share nothing."""
@@ -84,9 +91,10 @@ class PastKVManager:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes in host memory: blocks, and what is searched."""
+        """Bytes in host memory: blocks, rows of others, and what is searched of blocks that are elsewhere."""
         with self._lock:
-            return self._host.used_bytes + self._index_bytes
+            index_bytes = sum(nbytes(use.index) for key, use in self._uses.items() if not self._host.holds(key))
+            return self._host.used_bytes + self._rows.used_bytes + index_bytes
 
     @property
     def used_bytes(self) -> dict[str, int]:
@@ -100,66 +108,113 @@ class PastKVManager:
         with self._lock:
             return {key: use.streams for key, use in self._uses.items()}
 
+    @property
+    def faults(self) -> Counter[str]:
+        """How often what went wrong in tiers, as "tier.kind"."""
+        return self._guard.faults
+
     def prepare(self, block: Block) -> None:
         """Take a block, for one stream: readable at once. Raises StorageFull; then nothing is kept."""
         with self._lock:
-            if not (self._host.holds(block.key) or self.holds(block.key)):
-                self._make_room(block.nbytes)
-                self._host.put(block)
-                if self._device is not None and block.nbytes <= self._device.budget_bytes:
-                    self._device.evict(self._spare(self._device), block.nbytes)
-                    self._device.put(block)
-            self.share(block.key, block.index)
+            if self._host.holds(block.key):
+                self._add_stream(block.key, block.index)
+                return
+        with self._room(block.nbytes), self._lock:
+            self._host.put(block)
+            self._add_stream(block.key, block.index)
+        if self._device is not None and block.kv_SC2D.nbytes <= self._device.budget_bytes:
+            bulk = Block(block.key, block.kv_SC2D, {}, {})
+            self._guard.attempt_or(None, self._device, lambda tier: tier.put(bulk, tier.keys))
 
     def complete(self, key: str, boundary: dict[str, Tensor]) -> None:
         """A prepared block is whole; it goes to the slower tiers in the background. Raises StorageFull."""
-        with self._lock:
-            if not self._host.holds(key) or self._host.get(key).boundary:
-                return  # another stream completed it
-            self._make_room(nbytes(boundary))
-            block = replace(self._host.get(key), boundary=boundary)
+        block = self._host.find(key)
+        if block is None or block.boundary:
+            return  # another stream, or engine, completed it
+        with self._room(nbytes(boundary)), self._lock:
+            block = replace(block, boundary=boundary)
             self._host.put(block)
-            if self._slower:
-                self._uses[key].writing = self._writer.submit(self._write_through, block)
+            self._write(block)
+            self._write_again(1)
 
-    def share(self, key: str, index: dict[str, Tensor]) -> None:
-        """One more stream uses a block."""
+    def share(self, key: str, index: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One more stream uses a block; returns the copy of its index that they all use. Raises StorageFull."""
         with self._lock:
-            use = self._uses.setdefault(key, _Use(index_bytes=nbytes(index)))
-            use.streams += 1
+            block = self._host.find(key)
+            if block is not None and block.boundary and key not in self._uses:
+                self._write(block)  # to learn which tiers hold it
+            if block is not None or key in self._uses:
+                return self._add_stream(key, index if block is None else block.index)
+        with self._room(nbytes(index)), self._lock:
+            return self._add_stream(key, index)
 
     def release(self, key: str) -> None:
         """One stream less uses a block. It stays for the next that begins the same way, until its room is needed."""
         with self._lock:
             use = self._uses[key]
             use.streams -= 1
-            if use.streams == 0:
-                del self._uses[key]
-                if not self._config.reuse or (self._host.holds(key) and not self._host.get(key).boundary):
-                    self._forget(key, use)
+            if use.streams:
+                return
+            del self._uses[key]
+            self._rows.delete(key)
+            block = self._host.find(key)
+            if self._config.reuse and (block is None or block.boundary):
+                return
+            for tier in self._memory:
+                tier.delete(key)
+            writing = self._writing.get(key)
+            if writing is not None and writing.cancel():
+                del self._writing[key]
+        if self._disk is not None and not self._config.reuse:
+            self._disk.delete(key)  # if it is being written, the writer sees to it
+
+    def prefetch(self, key: str, rows_n: Tensor) -> None:
+        """Read rows, ascending, of a block that is in slower tiers alone into host memory, in the background."""
+        with self._lock:
+            if self._slower and key not in self._reading and not any(tier.holds(key) for tier in self._memory):
+                self._reading[key] = self._reader.submit(self._prefetch, key, rows_n)
 
     def rows(self, key: str, rows_n: Tensor) -> Tensor:
-        """Rows of a block, from the nearest tier that gives them whole. Raises PastKVError."""
-        return self._first(key, lambda tier: tier.rows(key, rows_n).cpu())
+        """Rows of a block, in the order asked for, from the nearest tier that gives them whole. Raises PastKVError."""
+        for tier in self._memory:
+            if tier.holds(key):
+                try:
+                    return tier.rows(key, rows_n)
+                except BlockMissing:
+                    continue  # it left meanwhile
+        with self._lock:
+            reading = self._reading.get(key)
+            if reading is not None and reading.cancel():
+                del self._reading[key]
+                reading = None
+        if reading is not None:
+            wait([reading])
+        return self._some_rows(key, torch.unique(rows_n)).take(rows_n)
 
     def head(self, key: str) -> BlockHead:
         """Index and boundary of a block, from the nearest tier that gives them whole. Raises PastKVError."""
-        return self._first(key, lambda tier: tier.head(key))
+        try:
+            return self._host.head(key)
+        except BlockMissing:
+            return self._from_slower(key, lambda tier: tier.head(key))
 
     def holds(self, key: str) -> bool:
         """Whether a tier has the block, complete, as far as can be told without reading it."""
-        if self._host.holds(key) and self._host.get(key).boundary:
+        block = self._host.find(key)
+        if block is not None and block.boundary:
             return True
-        return self._held_slower(key)
+        return any(self._guard.attempt_or(False, tier, lambda t: t.holds(key)) for tier in self._slower)
 
     def settle(self) -> None:
-        """Wait until everything complete is written, or has failed to be."""
+        """Wait until everything complete is written, or has failed to be, and what was to be prefetched is read."""
         with self._lock:
-            writing = self._writes()
-        wait(writing)
+            pending = [*self._writing.values(), *self._reading.values()]
+        wait(pending)
 
     def close(self) -> None:
         """Release everything this process holds, on disk too; shared blocks stay."""
+        self._closing = True
+        self._reader.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
         for tier in (*self._memory, *self._slower):
             tier.close()
@@ -170,96 +225,207 @@ class PastKVManager:
         with self._lock:
             assert all(use.streams > 0 for use in self._uses.values()), "a block without a stream"
             for tier in self._memory:
-                assert tier.used_bytes == sum(tier.get(key).nbytes for key in tier.keys), f"{tier.name} bytes"
+                blocks = [tier.find(key) for key in tier.keys]
+                assert tier.used_bytes == sum(b.nbytes for b in blocks if b is not None), f"{tier.name} bytes"
                 assert tier.used_bytes <= tier.budget_bytes, f"{tier.name} is over its budget"
+            assert set(self._rows.keys) <= set(self._uses), "rows that nobody uses"
+            assert self._reserved_bytes == 0, "room that nobody took"
+            assert self.host_bytes <= self._config.host_bytes, "host memory is over its budget"
             for key in self._host.keys:
-                assert self._host.get(key).boundary or key in self._uses, "an incomplete block that nobody uses"
+                block = self._host.find(key)
+                assert key in self._uses or (block is not None and block.boundary), "an incomplete block left behind"
+            if self._disk is not None and self._disk.budget_bytes is not None:
+                assert self._disk.used_bytes <= self._disk.budget_bytes, "disk is over its budget"
 
-    @property
-    def _index_bytes(self) -> int:
-        """What is searched of blocks that are in use and have left host memory otherwise."""
-        return sum(use.index_bytes for key, use in self._uses.items() if not self._host.holds(key))
+    def _add_stream(self, key: str, index: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The lock is held."""
+        use = self._uses.setdefault(key, _Use(index))
+        use.streams += 1
+        return use.index
 
-    def _make_room(self, needed_bytes: int) -> None:
-        """Room in host memory, by waiting for writes if need be. Raises StorageFull."""
-        while (used := self.host_bytes) + needed_bytes > self._config.host_bytes:
-            spare = next(self._spare(self._host), None)
+    @contextmanager
+    def _room(self, needed_bytes: int) -> Iterator[None]:
+        """Room in host memory, reserved until what needs it is there. Raises StorageFull."""
+        if not self._reserve(needed_bytes):
+            raise StorageFull(
+                f"past KV needs {needed_bytes} more bytes of host memory, and {self.host_bytes} of"
+                f" {self._config.host_bytes} are in use; delete sessions, raise host_bytes, or give the disk tier room"
+            )
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reserved_bytes -= needed_bytes
+
+    def _reserve(self, needed_bytes: int, *, patient: bool = True) -> bool:
+        """Set room in host memory apart; whether there was enough.
+
+        patient: gives up rows, waits for writes, and tries failed ones once more.
+        """
+        tried_again = False
+        while True:
+            with self._lock:
+                if self.host_bytes + self._reserved_bytes + needed_bytes <= self._config.host_bytes:
+                    self._reserved_bytes += needed_bytes
+                    return True
+                candidates = [key for key in self._host.keys if key not in self._writing]
+                writing = list(self._writing.values())
+            spare = next((key for key in candidates if self._is_spare(key)), None)
             if spare is not None:
-                self._host.delete(spare)
+                with self._lock:
+                    if spare not in self._writing:
+                        self._host.delete(spare)
+            elif not patient:
+                return False
+            elif self._rows.delete_oldest():
                 continue
-            writing = self._writes()
-            if not writing:
-                raise StorageFull(
-                    f"past KV needs {needed_bytes} more bytes of host memory, and {used} of {self._config.host_bytes}"
-                    " are in use; delete sessions, raise host_bytes, or give the disk tier room"
-                )
-            self._lock.release()
-            try:
+            elif writing:
                 wait(writing, return_when="FIRST_COMPLETED")
-            finally:
-                self._lock.acquire()
+            elif tried_again:
+                return False
+            else:
+                with self._lock:
+                    self._write_again(len(self._unwritten))
+                tried_again = True
 
-    def _writes(self) -> list[Future[None]]:
-        return [use.writing for use in self._uses.values() if use.writing is not None and not use.writing.done()]
+    def _is_spare(self, key: str) -> bool:
+        """Whether host memory may forget a block: nobody uses it, or it is held elsewhere."""
+        with self._lock:
+            use = self._uses.get(key)
+        return use is None or any(self._still_holds(tier, key, use) for tier in self._slower)
 
-    def _spare(self, tier: MemoryTier) -> Iterator[str]:
-        """What a memory tier may forget, least recently used first: what nobody uses, and what is held elsewhere."""
-        for key in tier.keys:
-            if tier is self._device or key not in self._uses or self._held_slower(key):
-                yield key
+    def _still_holds(self, tier: Tier, key: str, use: _Use) -> bool:
+        """Whether a tier that had a block has it still; one that doesn't answer is believed to."""
+        if tier.name not in use.held:
+            return False
+        if self._guard.attempt_or(True, tier, lambda t: t.holds(key)):
+            return True
+        self._lost(tier, key)
+        return False
 
-    def _held_slower(self, key: str) -> bool:
-        return any(self._try(tier, lambda t: t.holds(key), False) for tier in self._slower)
+    def _lost(self, tier: Tier, key: str) -> None:
+        """A tier doesn't have a block: a fault if it had."""
+        if self._held_no_more(tier, key):
+            self._guard.count(tier, BlockMissing(f"block {key} left the {tier.name} tier"))
+
+    def _held_no_more(self, tier: Tier, key: str) -> bool:
+        """Note that a tier doesn't have a block; whether it was known to."""
+        with self._lock:
+            use = self._uses.get(key)
+            if use is None or tier.name not in use.held:
+                return False
+            use.held.discard(tier.name)
+            self._unwritten[key] = None
+            return True
+
+    def _write(self, block: Block) -> None:
+        """Hand a block to the writer; the lock is held."""
+        if self._slower and block.key not in self._writing:
+            self._writing[block.key] = self._writer.submit(self._write_through, block)
+
+    def _write_again(self, most: int) -> None:
+        """Try once more to write blocks whose write failed, the longest ago first; the lock is held."""
+        for key in list(self._unwritten)[:most]:
+            del self._unwritten[key]
+            block = self._host.find(key)
+            if key in self._uses and block is not None and block.boundary:
+                self._write(block)
 
     def _write_through(self, block: Block) -> None:
-        for tier in self._slower:
+        """Write a block to all slower tiers. On the writer's thread; raises nothing."""
+        try:
+            for tier in self._slower:
+                if not (self._closing and tier is self._disk):  # it is about to be removed
+                    self._write_to(tier, block)
+        finally:
             with self._lock:
-                unused = [key for key in tier.keys if key not in self._uses]
-            tier.evict(unused, block.nbytes)
-            self._try(tier, lambda t: t.put(block), None)
+                self._writing.pop(block.key, None)
+                unwanted = not self._config.reuse and block.key not in self._uses
+            if unwanted and self._disk is not None:
+                self._disk.delete(block.key)
 
-    def _forget(self, key: str, use: _Use) -> None:
-        for tier in self._memory:
-            tier.delete(key)
-        if self._disk is not None:
-            disk = self._disk
-            if use.writing is not None and not use.writing.done():
-                use.writing.add_done_callback(lambda _: disk.delete(key))
-            disk.delete(key)
+    def _write_to(self, tier: Tier, block: Block) -> None:
+        try:
+            self._guard.attempt(tier, lambda t: t.put(block, self._spare(t)))
+            written = True
+        except PastKVError:
+            written = False
+        except Exception as error:  # a bug, or memory that ran out: past KV goes on without this copy
+            log.exception("block %s couldn't be written to the %s tier", block.key, tier.name)
+            self._guard.count(tier, error)
+            written = False
+        with self._lock:
+            if block.key in self._uses:
+                if written:
+                    self._uses[block.key].held.add(tier.name)
+                else:
+                    self._unwritten[block.key] = None
 
-    def _first(self, key: str, read: Callable[[Tier], T]) -> T:
+    def _spare(self, tier: Tier) -> Iterator[str]:
+        """What a slower tier may forget: what nobody uses, then what a still slower tier holds."""
+        with self._lock:
+            uses = {key: self._uses.get(key) for key in tier.keys}
+        yield from (key for key, use in uses.items() if use is None)
+        below = self._slower[self._slower.index(tier) + 1 :]
+        for key, use in uses.items():
+            if use is not None and any(self._still_holds(other, key, use) for other in below):
+                with self._lock:
+                    use.held.discard(tier.name)
+                yield key
+
+    def _some_rows(self, key: str, wanted_n: Tensor) -> Rows:
+        """At least these rows, ascending; those that aren't in memory are read, and stay there for a while."""
+        have = self._rows.get(key)
+        lacking = wanted_n if have is None else have.lacking(wanted_n)
+        if len(lacking):
+            read = Rows(lacking, self._from_slower(key, lambda tier: tier.rows(key, lacking)))
+            have = read if have is None else have.joined(read)
+            self._keep(key, have)
+        assert have is not None
+        return have
+
+    def _keep(self, key: str, rows: Rows) -> None:
+        """Keep rows in host memory if there is room."""
+        more_bytes = rows.nbytes - self._rows.bytes_of(key)
+        if rows.nbytes <= self._rows.budget_bytes and self._reserve(more_bytes, patient=False):
+            with self._lock:
+                self._reserved_bytes -= more_bytes
+                if key in self._uses and rows.nbytes - self._rows.bytes_of(key) <= more_bytes:
+                    self._rows.put(key, rows)
+
+    def _prefetch(self, key: str, rows_n: Tensor) -> None:
+        """On a reader's thread; raises nothing: whoever needs what couldn't be read will find out."""
+        try:
+            self._some_rows(key, rows_n)
+        except PastKVError as error:
+            log.debug("prefetch: %s", error.message)
+        except Exception:
+            log.exception("block %s couldn't be prefetched", key)
+        finally:
+            with self._lock:
+                self._reading.pop(key, None)
+
+    def _from_slower(self, key: str, read: Callable[[Tier], T]) -> T:
+        """Read a block from the nearest slower tier that gives it whole; damaged ones are deleted."""
         failure: PastKVError = BlockMissing(f"block {key} isn't held anywhere")
-        for tier in (*self._memory, *self._slower):
-            if tier in self._memory and not tier.holds(key):
-                continue
+        for tier in self._slower:
             try:
-                return self._attempt(tier, read)
+                found = self._guard.attempt(tier, read)
+            except BlockMissing:
+                self._lost(tier, key)
             except (BlockDamaged, BlockMismatch) as error:
                 log.warning("%s tier: %s", tier.name, error.message)
-                self._try(tier, lambda t: t.delete(key), None)
+                self._guard.attempt_or(None, tier, lambda t: t.delete(key))
+                self._held_no_more(tier, key)
                 failure = error
             except PastKVError as error:
                 failure = error
+            else:
+                with self._lock:
+                    if key in self._uses:
+                        self._uses[key].held.add(tier.name)
+                return found
         raise failure
-
-    def _try(self, tier: Tier, act: Callable[[Tier], T], otherwise: T) -> T:
-        try:
-            return self._attempt(tier, act)
-        except PastKVError:
-            return otherwise
-
-    def _attempt(self, tier: Tier, act: Callable[[Tier], T]) -> T:
-        """Let a tier act; count what goes wrong, and leave a tier alone that doesn't answer."""
-        if time.monotonic() < self._paused_until.get(tier.name, 0):
-            raise TierUnavailable(f"the {tier.name} tier didn't answer a moment ago")
-        try:
-            return act(tier)
-        except PastKVError as error:
-            self.faults[f"{tier.name}.{type(error).__name__}"] += 1
-            if isinstance(error, TierUnavailable):
-                log.warning("%s tier: %s", tier.name, error.message)
-                self._paused_until[tier.name] = time.monotonic() + PAUSE_S
-            raise
 
 
 def _shared_tier(config: CacheConfig, fingerprint: Fingerprint, blocks: BlockFormat) -> Tier | None:

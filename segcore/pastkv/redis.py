@@ -1,31 +1,30 @@
 """Blocks in Redis: a shared tier for what is small enough to travel often.
 
-A block is two strings in one hash slot, its head and its bulk, set in one transaction: both are there or neither is.
+A block is one string, set by one command, so it is there whole or not at all, in a cluster too; reads ask for the
+ranges that they need.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from segcore.errors import BlockDamaged, BlockMissing, ConfigError, StorageFull, TierUnavailable
 from segcore.pastkv.base import Block, BlockHead
-from segcore.pastkv.format import BlockFormat
+from segcore.pastkv.format import BlockFormat, ReadRanges
 
 if TYPE_CHECKING:
     from redis import Redis
 
-# A server that doesn't answer in this time counts as gone; the engine goes on without it.
+# A server that doesn't answer in this time counts as gone; the engine goes on without it. A block must travel in it.
 TIMEOUT_S = 2.0
 # Redis refuses longer strings.
 MAX_VALUE_BYTES = 512 * 2**20
-PREFIX_BYTES = 8  # of a safetensors file: the length of its header
 
 
 class RedisTier:
@@ -39,117 +38,103 @@ class RedisTier:
     def __init__(self, url: str, blocks: BlockFormat, lifetime_s: int | None) -> None:
         try:
             import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
         except ImportError as error:
             raise ConfigError("a Redis tier needs the package redis: pip install segcore[redis]") from error
         self._format, self._lifetime_s = blocks, lifetime_s
-        self._sizes: dict[str, int] = {}
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
         try:
             self._redis: Redis = redis.Redis.from_url(
-                url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, protocol=3
+                url,
+                socket_timeout=TIMEOUT_S,
+                socket_connect_timeout=TIMEOUT_S,
+                # A connection that broke while idle is made anew, at once; a time-out isn't waited for twice.
+                retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             )
         except ValueError as error:
-            raise ConfigError(f"{url!r} isn't the address of a Redis server: {error}") from error
+            raise ConfigError(f"shared isn't the address of a Redis server: {error}") from error  # it can hold a secret
 
     @property
     def used_bytes(self) -> int:
-        return sum(self._sizes.values())
+        """Of what this process put there and hasn't missed yet."""
+        with self._lock:
+            return sum(self._sizes.values())
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return tuple(self._sizes)
+        with self._lock:
+            return tuple(self._sizes)
 
-    def put(self, block: Block) -> None:
+    def put(self, block: Block, spare: Iterable[str] = ()) -> None:
+        """`spare` has no say here: the server evicts, and others may need what this process doesn't."""
         if self.holds(block.key):
-            self._touch(block.key)
+            if self._lifetime_s is not None:
+                with self._answers():
+                    self._redis.expire(_name(block.key), self._lifetime_s)
             return
-        tensors, metadata = self._format.encode(block)
-        bulk = save({"kv": tensors.pop("kv")})
-        if len(bulk) > MAX_VALUE_BYTES:
-            raise StorageFull(f"a block of {len(bulk)} bytes is too large for Redis; use a shared directory")
-        with self._answers(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(_name(block.key, "kv"), bulk, ex=self._lifetime_s)
-            pipe.set(_name(block.key, "head"), save(tensors, metadata), ex=self._lifetime_s)
-            pipe.execute()
-        self._sizes[block.key] = block.nbytes
+        data = b"".join(self._format.encode(block))
+        if len(data) > MAX_VALUE_BYTES:
+            raise StorageFull(f"a block of {len(data)} bytes is too large for Redis; use a shared directory")
+        with self._answers():
+            self._redis.set(_name(block.key), data, ex=self._lifetime_s)
+        with self._lock:
+            self._sizes[block.key] = block.nbytes
 
     def rows(self, key: str, rows_n: Tensor) -> Tensor:
-        tensors, metadata = self._read_head(key)
-        bulk = _name(key, "kv")
-        with self._answers():
-            prefix = self._range(bulk, 0, PREFIX_BYTES - 1)
-            if len(prefix) < PREFIX_BYTES:
-                raise BlockMissing(f"block {key} isn't in Redis")
-            start = PREFIX_BYTES + int.from_bytes(prefix, "little")
-            header = json.loads(self._range(bulk, PREFIX_BYTES, start - 1))["kv"]
-
-            def read_kv(tokens: slice) -> Tensor:
-                """Some tokens of the bulk: its bytes under a header of their own."""
-                stop = min(tokens.stop, header["shape"][0])
-                row_bytes = header["data_offsets"][1] // header["shape"][0]
-                data = self._range(bulk, start + tokens.start * row_bytes, start + stop * row_bytes - 1)
-                shape = [stop - tokens.start, *header["shape"][1:]]
-                part = json.dumps({"kv": header | {"shape": shape, "data_offsets": [0, len(data)]}}).encode()
-                return load(len(part).to_bytes(PREFIX_BYTES, "little") + part + data)["kv"]
-
-            rows = self._format.rows(key, metadata, tensors.__getitem__, read_kv, rows_n)
-        self._touch(key)
-        return rows
+        return self._format.rows(key, self._reader(key), rows_n)
 
     def head(self, key: str) -> BlockHead:
-        tensors, metadata = self._read_head(key)
-        with self._answers():
-            return self._format.head(key, metadata, tensors.__getitem__)
+        return self._format.head(key, self._reader(key))
 
     def holds(self, key: str) -> bool:
         with self._answers():
-            return int(self._redis.exists(_name(key, "head"), _name(key, "kv"))) == 2
+            return bool(self._redis.exists(_name(key)))
 
     def delete(self, key: str) -> None:
-        self._sizes.pop(key, None)
+        self._forget(key)
         with self._answers():
-            self._redis.delete(_name(key, "head"), _name(key, "kv"))
-
-    def evict(self, spare: Iterable[str], needed_bytes: int) -> None:
-        """Nothing: others may need what this process doesn't; the server evicts."""
+            self._redis.delete(_name(key))
 
     def close(self) -> None:
         """Close the connections; shared blocks stay."""
         self._redis.close()
 
-    def _read_head(self, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        with self._answers():
-            data = cast("bytes | None", self._redis.get(_name(key, "head")))
-            if data is None:
-                raise BlockMissing(f"block {key} isn't in Redis")
-            length = int.from_bytes(data[:PREFIX_BYTES], "little")
-            metadata = json.loads(data[PREFIX_BYTES : PREFIX_BYTES + length]).get("__metadata__")
-            return load(data), metadata
+    def _forget(self, key: str) -> None:
+        with self._lock:
+            self._sizes.pop(key, None)
 
-    def _range(self, name: str, first: int, last: int) -> bytes:
-        return cast(bytes, self._redis.getrange(name, first, last))
-
-    def _touch(self, key: str) -> None:
-        if self._lifetime_s is not None:
+    def _reader(self, key: str) -> ReadRanges:
+        def read(ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+            """All in one round trip."""
             with self._answers(), self._redis.pipeline(transaction=False) as pipe:
-                for part in ("head", "kv"):
-                    pipe.expire(_name(key, part), self._lifetime_s)
-                pipe.execute()
+                for start, stop in ranges:
+                    pipe.getrange(_name(key), start, stop - 1)
+                if self._lifetime_s is not None:
+                    pipe.expire(_name(key), self._lifetime_s)
+                parts: list[bytes] = pipe.execute()[: len(ranges)]
+            if ranges and ranges[0][0] == 0 and not parts[0]:
+                self._forget(key)
+                raise BlockMissing(f"block {key} isn't in Redis")
+            return parts
+
+        return read
 
     @contextmanager
     def _answers(self) -> Iterator[None]:
-        """The server's and the parser's errors as ours."""
+        """The server's errors as ours."""
         import redis
 
         try:
             yield
         except redis.OutOfMemoryError as error:
             raise StorageFull(f"Redis is full: {error}") from error
-        except redis.RedisError as error:
+        except (redis.RedisError, OSError) as error:
+            if "WRONGTYPE" in str(error):
+                raise BlockDamaged(f"something else stands in a block's place: {error}") from error
             raise TierUnavailable(f"Redis doesn't answer: {error}") from error
-        except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
-            raise BlockDamaged(f"a block in Redis can't be read: {error}") from error
 
 
-def _name(key: str, part: str) -> str:
-    """In a cluster, what stands in braces decides the slot."""
-    return f"segcore:{{{key}}}:{part}"
+def _name(key: str) -> str:
+    return f"segcore:{key}"

@@ -5,6 +5,7 @@ Shapes: C cells, R retrieved tokens, S tokens of a segment, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,46 +39,53 @@ class SessionPast:
     def append(self, kv_SC2D: Tensor, index: dict[str, Tensor]) -> None:
         """Take the segment that just closed; readable at once, durable after `complete`.
 
-        Raises StorageFull; then nothing is kept.
+        The caller gives `kv_SC2D` up: it isn't copied, and a block never changes. Raises StorageFull; then nothing is
+        kept.
         """
         assert self._layout is not None
         layout, first = self._layout, self.segments * self._layout.segment_tokens
         expected = (layout.segment_tokens, layout.cells, 2, layout.head_dim)
         assert kv_SC2D.shape == expected, (kv_SC2D.shape, expected)
         key = self.journal.key(self.last_key, first, first + layout.segment_tokens)
-        index = {name: tensor.detach().cpu().contiguous() for name, tensor in index.items()}
-        self._manager.prepare(Block(key, kv_SC2D.detach().cpu(), index, {}))
+        index = _own(index)
+        self._manager.prepare(Block(key, kv_SC2D.detach().cpu().contiguous(), index, {}))
         self._keys.append(key)
         self.index.append(index)
 
     def complete(self, boundary: dict[str, Tensor]) -> None:
         """The last segment is closed: its block is whole, and goes to the lower tiers."""
-        self._manager.complete(self.last_key, {name: t.detach().cpu().contiguous() for name, t in boundary.items()})
+        self._manager.complete(self.last_key, _own(boundary))
+
+    def prefetch(self, positions: Tensor) -> None:
+        """Past tokens that the next `gather` may ask for: their rows come to host memory in the background.
+
+        positions: as for `gather`. It is a guess: a wrong one costs its reads, a fault is counted and does no harm.
+        """
+        for segment, rows_n in self._by_segment(torch.unique(positions.cpu())):
+            self._manager.prefetch(self._keys[segment], rows_n)
 
     def gather(self, positions: Tensor) -> Tensor:
-        """Keys and values of past tokens, [R, C, 2, D] in host memory.
+        """Keys and values of past tokens, [R, C, 2, D], on the model's device.
 
         positions: ascending, [R] or [1, R] for all cells alike, or [C, R], each cell its own. Raises PastKVError,
         with the number of the segment that couldn't be read in its details.
         """
         assert self._layout is not None
-        size, positions_CR = self._layout.segment_tokens, torch.atleast_2d(positions.cpu())
+        layout, positions_CR, device = self._layout, torch.atleast_2d(positions.cpu()), self._manager.device
         wanted = torch.unique(positions_CR)
-        parts = [torch.empty((0, self._layout.cells, 2, self._layout.head_dim), dtype=self._layout.dtype)]
-        for segment in torch.unique(wanted // size).tolist():
-            parts.append(self._rows(segment, wanted[wanted // size == segment] % size))
+        parts = [torch.empty((0, layout.cells, 2, layout.head_dim), dtype=layout.dtype, device=device)]
+        parts += [self._rows(segment, rows_n).to(device) for segment, rows_n in self._by_segment(wanted)]
         kv_nC2D = torch.cat(parts)
         if positions_CR.shape[0] == 1:
             return kv_nC2D
-        rows_CR = torch.searchsorted(wanted, positions_CR.contiguous())
-        return kv_nC2D[rows_CR.T, torch.arange(self._layout.cells)]
+        rows_CR = torch.searchsorted(wanted, positions_CR.contiguous()).to(device)
+        return kv_nC2D[rows_CR.T, torch.arange(layout.cells, device=device)]
 
     def fork(self) -> SessionPast:
         """An independent past that shares this one's blocks."""
         fork = SessionPast(self._manager, self._layout, self.root)
-        fork.journal, fork.index, fork._keys = self.journal.copy(), list(self.index), list(self._keys)
-        for key, index in zip(self._keys, self.index, strict=True):
-            self._manager.share(key, index)
+        fork.journal, fork._keys = self.journal.copy(), list(self._keys)
+        fork.index = [self._manager.share(key, index) for key, index in zip(self._keys, self.index, strict=True)]
         return fork
 
     def adopt(self, key: str) -> dict[str, Tensor]:
@@ -86,9 +94,8 @@ class SessionPast:
         Raises PastKVError; then nothing changes.
         """
         head = self._manager.head(key)
-        self._manager.share(key, head.index)
+        self.index.append(self._manager.share(key, head.index))
         self._keys.append(key)
-        self.index.append(head.index)
         return head.boundary
 
     def available(self, key: str) -> bool:
@@ -119,9 +126,22 @@ class SessionPast:
         """The key of the last block; of none, the root."""
         return self._keys[-1] if self._keys else self.root
 
+    def _by_segment(self, positions_n: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The segments that ascending positions lie in, and their rows of each."""
+        assert self._layout is not None
+        segments, rows_n = positions_n // self._layout.segment_tokens, positions_n % self._layout.segment_tokens
+        for segment in torch.unique(segments).tolist():
+            yield segment, rows_n[segments == segment]
+
     def _rows(self, segment: int, rows_n: Tensor) -> Tensor:
         try:
             return self._manager.rows(self._keys[segment], rows_n)
         except PastKVError as error:
             error.details["segment"] = str(segment)
             raise
+
+
+def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory that share no storage with anything."""
+    layout = torch.contiguous_format
+    return {name: t.detach().to("cpu", copy=True, memory_format=layout) for name, t in tensors.items()}
