@@ -120,6 +120,7 @@ class SegmentedConfig(RetrievalConfig):
     """Segmented execution: sinks, a carried tail and retrieved tokens before the segment (design, sections 3 to 6).
 
     selection: "global": the selectors together choose for all readers; "cell": each reader chooses its own.
+    index: how "global" searches: "lowrank", candidates first, or "exhaustive", every key at each refresh.
     tail_tokens: M, tokens before the segment that a local cell sees.
     block_tokens: with "global", retrieved tokens come in stream-aligned blocks of this many.
     readers: the cells that read retrieved tokens; None means every cell that isn't in segment_only.
@@ -128,6 +129,7 @@ class SegmentedConfig(RetrievalConfig):
 
     policy: ClassVar[str] = "segmented"
     selection: Literal["global", "cell"] = "global"
+    index: Literal["lowrank", "exhaustive"] = "lowrank"
     tail_tokens: int = 512
     block_tokens: int = 16
     readers: tuple[Cell, ...] | None = None
@@ -140,6 +142,8 @@ class SegmentedConfig(RetrievalConfig):
         _require_at_least(self, 1, "block_tokens")
         if self.selection not in ("global", "cell"):
             raise ConfigError(f"selection={self.selection!r} must be 'global' or 'cell'")
+        if self.index not in ("lowrank", "exhaustive"):
+            raise ConfigError(f"index={self.index!r} must be 'lowrank' or 'exhaustive'")
         if self.selection == "cell" and self.selectors:
             raise ConfigError("selection='cell' lets each reader choose its own tokens; leave selectors empty")
         unit = 8 if self.selection == "cell" else self.block_tokens

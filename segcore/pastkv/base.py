@@ -6,12 +6,14 @@ silent garbage (design, section 7).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from segcore.retrieval.base import KeyIndex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class PastLayout:
 
     A block's bulk is [segment_tokens, cells, 2, head_dim]: token-major, so that a token's keys (unrotated) and values
     of all reader cells are one contiguous row, since one selection serves all cells.
+    new_search: makes what a stream's selector keys are searched with; None: choices go through the blocks' own index.
     """
 
     segment_tokens: int
@@ -27,6 +30,7 @@ class PastLayout:
     selectors: int
     head_dim: int
     dtype: torch.dtype
+    new_search: Callable[[], KeyIndex] | None = None
 
     @property
     def block_bytes_per_token(self) -> int:

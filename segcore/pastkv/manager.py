@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -34,6 +35,7 @@ from segcore.pastkv.journal import root_key
 from segcore.pastkv.memory import MemoryTier, RowCache, Rows
 from segcore.pastkv.redis import RedisTier
 from segcore.pastkv.session import SessionPast
+from segcore.retrieval.base import KeyIndex
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -77,6 +79,7 @@ class PastKVManager:
         self._guard = Guard()
         self._lock = threading.RLock()
         self._uses: dict[str, _Use] = {}
+        self._pasts: weakref.WeakSet[SessionPast] = weakref.WeakSet()
         self._reserved_bytes = 0
         self._writing: dict[str, Future[None]] = {}
         self._reading: dict[str, Future[None]] = {}
@@ -94,13 +97,20 @@ class PastKVManager:
         """Bytes in host memory: blocks, rows of others, and what is searched of blocks that are elsewhere."""
         with self._lock:
             index_bytes = sum(nbytes(use.index) for key, use in self._uses.items() if not self._host.holds(key))
+            for search in self._searches:
+                # A CPU's device memory is host memory.
+                index_bytes += search.host_bytes + (search.device_bytes if self.device.type == "cpu" else 0)
             return self._host.used_bytes + self._rows.used_bytes + index_bytes
 
     @property
     def used_bytes(self) -> dict[str, int]:
         """Bytes by tier."""
         tiers = [*self._memory, *self._slower]
-        return {tier.name: tier.used_bytes for tier in tiers} | {"host": self.host_bytes}
+        used = {tier.name: tier.used_bytes for tier in tiers} | {"host": self.host_bytes}
+        if self.device.type != "cpu":
+            with self._lock:
+                used["device"] = used.get("device", 0) + sum(search.device_bytes for search in self._searches)
+        return used
 
     @property
     def keys_in_use(self) -> dict[str, int]:
@@ -113,15 +123,29 @@ class PastKVManager:
         """How often what went wrong in tiers, as "tier.kind"."""
         return self._guard.faults
 
-    def prepare(self, block: Block) -> None:
-        """Take a block, for one stream: readable at once. Raises StorageFull; then nothing is kept."""
+    def follow(self, past: SessionPast) -> None:
+        """Count what a past is searched with as long as the past lives."""
+        with self._lock:
+            self._pasts.add(past)
+
+    def fit(self) -> None:
+        """What is searched has grown: make up for it. Raises StorageFull."""
+        with self._room(0):
+            pass
+
+    def prepare(self, block: Block, kept: dict[str, Tensor] | None = None) -> None:
+        """Take a block, for one stream: readable at once. Raises StorageFull; then nothing is kept.
+
+        kept: what stays in memory of its index while it is in use; None: all.
+        """
+        kept = block.index if kept is None else kept
         with self._lock:
             if self._host.holds(block.key):
-                self._add_stream(block.key, block.index)
+                self._add_stream(block.key, kept)
                 return
         with self._room(block.nbytes), self._lock:
             self._host.put(block)
-            self._add_stream(block.key, block.index)
+            self._add_stream(block.key, kept)
         if self._device is not None and block.kv_SC2D.nbytes <= self._device.budget_bytes:
             bulk = Block(block.key, block.kv_SC2D, {}, {})
             self._guard.attempt_or(None, self._device, lambda tier: tier.put(bulk, tier.keys))
@@ -144,7 +168,7 @@ class PastKVManager:
             if block is not None and block.boundary and key not in self._uses:
                 self._write(block)  # to learn which tiers hold it
             if block is not None or key in self._uses:
-                return self._add_stream(key, index if block is None else block.index)
+                return self._add_stream(key, index if block is None or not index else block.index)
         with self._room(nbytes(index)), self._lock:
             return self._add_stream(key, index)
 
@@ -236,6 +260,11 @@ class PastKVManager:
                 assert key in self._uses or (block is not None and block.boundary), "an incomplete block left behind"
             if self._disk is not None and self._disk.budget_bytes is not None:
                 assert self._disk.used_bytes <= self._disk.budget_bytes, "disk is over its budget"
+
+    @property
+    def _searches(self) -> list[KeyIndex]:
+        """The lock is held."""
+        return [past.search for past in self._pasts if past.search is not None]
 
     def _add_stream(self, key: str, index: dict[str, Tensor]) -> dict[str, Tensor]:
         """The lock is held."""

@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 class SessionPast:
     """One stream's past. Its blocks are shared with every stream that began in the same way.
 
-    root: the key before the first block. index: what later choices search, one piece per closed segment.
+    root: the key before the first block. What later choices search is in `search`, or, where the layout makes none, in
+    `index`, one piece per closed segment.
     """
 
     def __init__(self, manager: PastKVManager, layout: PastLayout | None, root: str) -> None:
         self._manager, self._layout, self.root = manager, layout, root
         self.journal = Journal()
         self.index: list[dict[str, Tensor]] = []
+        self.search = None if layout is None or layout.new_search is None else layout.new_search()
         self._keys: list[str] = []
+        manager.follow(self)
 
     @property
     def segments(self) -> int:
@@ -48,9 +51,8 @@ class SessionPast:
         assert kv_SC2D.shape == expected, (kv_SC2D.shape, expected)
         key = self.journal.key(self.last_key, first, first + layout.segment_tokens)
         index = _own(index)
-        self._manager.prepare(Block(key, kv_SC2D.detach().cpu().contiguous(), index, {}))
-        self._keys.append(key)
-        self.index.append(index)
+        self._manager.prepare(Block(key, kv_SC2D.detach().cpu().contiguous(), index, {}), self._kept(index))
+        self._take(key, index)
 
     def complete(self, boundary: dict[str, Tensor]) -> None:
         """The last segment is closed: its block is whole, and goes to the lower tiers."""
@@ -85,7 +87,12 @@ class SessionPast:
         """An independent past that shares this one's blocks."""
         fork = SessionPast(self._manager, self._layout, self.root)
         fork.journal, fork._keys = self.journal.copy(), list(self._keys)
-        fork.index = [self._manager.share(key, index) for key, index in zip(self._keys, self.index, strict=True)]
+        if self.search is None:
+            fork.index = [self._manager.share(key, index) for key, index in zip(self._keys, self.index, strict=True)]
+        else:
+            fork.search = self.search.fork()
+            for key in self._keys:
+                self._manager.share(key, {})
         return fork
 
     def adopt(self, key: str) -> dict[str, Tensor]:
@@ -94,8 +101,8 @@ class SessionPast:
         Raises PastKVError; then nothing changes.
         """
         head = self._manager.head(key)
-        self.index.append(self._manager.share(key, head.index))
-        self._keys.append(key)
+        shared = self._manager.share(key, self._kept(head.index))
+        self._take(key, head.index if self.search is not None else shared)
         return head.boundary
 
     def available(self, key: str) -> bool:
@@ -115,6 +122,8 @@ class SessionPast:
         for key in self._keys[segments:]:
             self._manager.release(key)
         del self._keys[segments:], self.index[segments:]
+        if self.search is not None and self._layout is not None:
+            self.search.truncate(len(self._keys) * self._layout.segment_tokens)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -125,6 +134,18 @@ class SessionPast:
     def last_key(self) -> str:
         """The key of the last block; of none, the root."""
         return self._keys[-1] if self._keys else self.root
+
+    def _kept(self, index: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What stays in memory of a block's index while it is in use: nothing, if `search` has its own copy."""
+        return index if self.search is None else {}
+
+    def _take(self, key: str, index: dict[str, Tensor]) -> None:
+        self._keys.append(key)
+        if self.search is None:
+            self.index.append(index)
+        else:
+            self.search.append(index["keys"])
+            self._manager.fit()
 
     def _by_segment(self, positions_n: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The segments that ascending positions lie in, and their rows of each."""

@@ -6,6 +6,7 @@ Shapes: C choices or cells, R retrieved tokens, S tokens of a segment, H KV head
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from segcore.model import ModelSpec, Rope
 from segcore.pastkv.base import PastLayout
 from segcore.pastkv.session import SessionPast
 from segcore.policies.base import Policy, sink_and_tail_rows, sinks_and_tail, write_prefix
+from segcore.retrieval import KeyIndex
 from segcore.state import State, Window
 
 C = TypeVar("C", bound=RetrievalConfig)
@@ -36,11 +38,16 @@ class RetrievingPolicy(Policy[C]):
 
     @abstractmethod
     def searched(self, state: State) -> dict[str, Tensor]:
-        """What `choose` will need of the full segment: it goes to `SessionPast.index`."""
+        """What `choose` will need of the full segment; for `SessionPast.search`, "keys", [selectors, S, D]."""
 
     @abstractmethod
     def choose(self, state: State, past: SessionPast, first: int, stop: int) -> Tensor:
         """Positions in [first, stop), ascending: the retrieved prefix, [1, R] for all readers or [readers, R]."""
+
+    @property
+    def new_search(self) -> Callable[[], KeyIndex] | None:
+        """Makes what the selectors' keys are searched with; None: `choose` goes through `SessionPast.index`."""
+        return None
 
     def seen_by_others(self, cell: Cell) -> tuple[int, int]:
         """How many sinks, and how many tokens before the segment, a cell that doesn't read sees."""
@@ -60,6 +67,7 @@ class RetrievingPolicy(Policy[C]):
             selectors=len(self.watched),
             head_dim=self.spec.head_dim,
             dtype=self.spec.dtype,
+            new_search=self.new_search,
         )
 
     def windows(self, layer: int) -> list[Window]:

@@ -8,6 +8,9 @@ segment just closed can be retrieved, and a turn mark refreshes the choice; `doc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,7 +19,7 @@ from segcore.errors import ConfigError
 from segcore.model import ModelSpec, Rope
 from segcore.pastkv.session import SessionPast
 from segcore.policies.retrieving import RetrievingPolicy
-from segcore.retrieval import choose_blocks, choose_by_anchors, score_tokens
+from segcore.retrieval import KeyIndex, choose_by_anchors, make_index
 from segcore.state import State
 
 
@@ -55,9 +58,22 @@ class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
                 keys |= {Cell(layer, head): window.k_HND[i, rows] for i, head in enumerate(window.heads)}
         return {"keys": torch.stack([keys[cell] for cell in self.watched])}
 
-    def choose(self, state: State, past: SessionPast, first: int, stop: int) -> Tensor:
-        keys, tokens = (piece["keys"] for piece in past.index), self.config.retrieved_tokens
+    @property
+    def new_search(self) -> Callable[[], KeyIndex] | None:
         if self.config.selection == "cell":
-            return choose_by_anchors(state.queries, keys, first=first, stop=stop, tokens=tokens)
-        scores_N = score_tokens(state.queries, keys, self.spec.head_dim**-0.5)
-        return choose_blocks(scores_N, first=first, stop=stop, tokens=tokens, block=self.config.block_tokens)[None]
+            return None
+        return partial(
+            make_index,
+            self.config.index,
+            selectors=len(self.watched),
+            head_dim=self.spec.head_dim,
+            dtype=self.spec.dtype,
+            device=self.spec.device,
+            block=self.config.block_tokens,
+        )
+
+    def choose(self, state: State, past: SessionPast, first: int, stop: int) -> Tensor:
+        candidates = {"first": first, "stop": stop, "tokens": self.config.retrieved_tokens}
+        if past.search is None:
+            return choose_by_anchors(state.queries, (piece["keys"] for piece in past.index), **candidates)
+        return past.search.search(state.queries, block=self.config.block_tokens, **candidates)[None]
