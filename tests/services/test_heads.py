@@ -23,7 +23,7 @@ def longer_model(model_directory, tmp_path_factory):
 
 
 def test_the_command_writes_a_report_and_a_picture_that_the_engine_takes(longer_model, tmp_path, capsys):
-    made = tmp_path / "made" / "longer.json"
+    made = tmp_path / "made" / "here" / "longer.json"
     arguments = ["--lengths", "900", "--depths", "0.2", "0.8", "--rounds", "1", "--selectors", "3", "--seed", "5"]
     assert main(["heads", str(longer_model), "--output", str(made.parent), *arguments]) == 0
     report = HeadsReport.read(made)
