@@ -11,7 +11,15 @@ import torch
 
 from segcore.config import Cell, SegmentedConfig
 from segcore.errors import ConfigError
-from segcore.heads.detect import Sighting, choose_selectors, find_selectors, look, recall, reciprocal_ranks
+from segcore.heads.detect import (
+    FullAttention,
+    Sighting,
+    choose_selectors,
+    find_selectors,
+    look,
+    recall,
+    reciprocal_ranks,
+)
 from segcore.heads.detect import report as make_report
 from segcore.heads.haystack import Haystack
 from segcore.heads.probes import TEMPLATES, ProbeConfig, ProbeMaker, ProbeStream, Question
@@ -151,6 +159,22 @@ def test_questions_of_a_document_do_not_see_each_other():
         got = look(CausalLM(tiny_model()), stream, window_tokens=WINDOW)[i]
         assert torch.equal(got.scores_CN, want.scores_CN)
         assert torch.equal(got.copied_CG, want.copied_CG)
+
+
+class RisingModel(PlantedModel):
+    """Every query likes a token better the larger its number is."""
+
+    def __call__(self, tokens_T, attend):
+        k_HTD = tokens_T.double()[None, :, None].expand(2, -1, self.vocabulary)
+        for layer in range(2):
+            attend(layer, torch.ones(2, 3, len(tokens_T), self.vocabulary).double(), k_HTD, k_HTD, 1.0)
+
+
+def test_no_head_attends_to_what_comes_later():
+    stream = FullAttention(RisingModel(4), 9, WINDOW)  # type: ignore[arg-type]
+    stream.run([10, 11, 12, 13])
+    tops_CGT = stream.run([14, 15, 3, 16, 17], top_of=4)
+    assert tops_CGT.tolist() == [[[5, 5, 7, 8]] * 3] * 4
 
 
 def question_at(needle: range, candidates: range = range(4, 40)) -> Question:

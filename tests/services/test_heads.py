@@ -23,7 +23,7 @@ def longer_model(model_directory, tmp_path_factory):
 
 
 def test_the_command_writes_a_report_and_a_picture_that_the_engine_takes(longer_model, tmp_path, capsys):
-    made = tmp_path / "made" / "longer.json"
+    made = tmp_path / "made" / "here" / "longer.json"
     arguments = ["--lengths", "900", "--depths", "0.2", "0.8", "--rounds", "1", "--selectors", "3", "--seed", "5"]
     assert main(["heads", str(longer_model), "--output", str(made.parent), *arguments]) == 0
     report = HeadsReport.read(made)
@@ -69,6 +69,7 @@ def test_arguments_that_cannot_work_are_named(longer_model, tmp_path, capsys, ar
         (((1.0, 2.0), (3.0, 9.0)), ((0.1, 0.2), (0.3, 0.4)), 1.0),
         (((1.0, 2.0), (3.0, 9.0)), ((4.0, 3.0), (2.0, 1.0)), -1.0),
         (((1.0, 2.0), (3.0, 4.0)), ((0.0, 0.0), (0.0, 1.0)), 0.7745966692414834),  # ranks 2, 2, 2, 4
+        (((1.0, 2.0), (3.0, 4.0)), ((0.0, 0.0), (0.5, 9.0)), 0.9486832980505138),  # ranks 1.5, 1.5, 3, 4
     ],
 )
 def test_rank_correlation(a, b, correlation):
