@@ -190,7 +190,7 @@ def realistic(tokens, seed):
     std = 2 / (1 + (torch.arange(64) / 14) ** 6).sqrt()
     mean = 15 * torch.nn.functional.normalize(torch.randn(2, 1, 64, generator=rng) * std, dim=-1)
     keys = mean + torch.randn(2, tokens, 64, generator=rng) * std
-    queries = mean[:, None] + torch.randn(2, 3, 64, 64, generator=rng) * std
+    queries = torch.randn(2, 3, 64, 64, generator=rng) * std
     return (keys @ basis.mT).bfloat16(), list((queries @ basis.mT[:, None]).bfloat16())
 
 
