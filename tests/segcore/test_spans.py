@@ -152,10 +152,10 @@ def test_suppression_equals_the_literal_reading(text, overlap):
 
 
 def test_an_overlap_of_exactly_the_limit_is_allowed():
-    """Spans of 13 tokens, 6 of them common: 6 / 20 is 0.3, and 0.3 * 20 isn't 6 in every precision."""
-    scores = torch.full((30, 1), -torch.inf, dtype=torch.float64)
-    scores[0], scores[7], scores[6] = 3.0, 1.0, 2.0
-    assert list(best_spans(scores, 13, 0.3)) == [(0, 13), (7, 13)]
+    """Spans of 64 and 65 tokens, 29 of them common, 100 in all: 29 / 100 is 0.29, though 0.29 * 100 is below 29."""
+    scores = torch.full((100, 2), -torch.inf, dtype=torch.float64)
+    scores[0, 0], scores[34, 1], scores[35, 1] = 3.0, 2.0, 1.0
+    assert list(best_spans(scores, 64, 0.29)) == [(0, 64), (35, 65)]
 
 
 @settings(deadline=None)
@@ -205,10 +205,10 @@ def test_index_vectors_equal_the_literal_reading(text, vote_tokens, data):
 
 
 def test_index_vectors_of_half_precision_are_means_in_fp32():
-    keys = torch.tensor([[[256.0], [1.0], [1.0], [1.0]]], dtype=torch.bfloat16)
-    vectors = index_vectors(keys, torch.zeros(4), [4], 4)
+    keys = torch.tensor([[[512.0], [8.0], [1.0]]], dtype=torch.bfloat16)
+    vectors = index_vectors(keys, torch.zeros(3), [3], 4)
     assert vectors.dtype == torch.bfloat16
-    assert vectors.item() == torch.tensor(259 / 4).bfloat16().item()  # bf16 sums would stay at 256
+    assert vectors.item() == 174  # 521 / 3; in bf16 the sum would be 520, and a third of it 173
 
 
 # --- The policy ---
