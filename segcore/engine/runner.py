@@ -60,6 +60,9 @@ class Runner:
         for row, state, past in zip(tokens_BT.tolist(), states, pasts, strict=True):
             assert 0 < tokens <= self.config.segment_tokens - state.filled
             past.journal.begin_pass(state, row)
+            end = state.filled + tokens
+            if end == self.config.segment_tokens or is_refresh_point(end, self.config):
+                self.policy.prefetch(state, past)
         padded = torch.nn.functional.pad(tokens_BT, (0, 0, 0, max(width - batch, 0)))
         attends = [self._attend(state) for state in states]
         return self.model.batch(padded.to(self.model.spec.device), attends, all_logits=all_logits)[:batch]

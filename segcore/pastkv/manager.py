@@ -35,7 +35,6 @@ from segcore.pastkv.journal import root_key
 from segcore.pastkv.memory import MemoryTier, RowCache, Rows
 from segcore.pastkv.redis import RedisTier
 from segcore.pastkv.session import SessionPast
-from segcore.retrieval.base import KeyIndex
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -97,19 +96,18 @@ class PastKVManager:
         """Bytes in host memory: blocks, rows of others, and what is searched of blocks that are elsewhere."""
         with self._lock:
             index_bytes = sum(nbytes(use.index) for key, use in self._uses.items() if not self._host.holds(key))
-            for search in self._searches:
-                # A CPU's device memory is host memory.
-                index_bytes += search.host_bytes + (search.device_bytes if self.device.type == "cpu" else 0)
-            return self._host.used_bytes + self._rows.used_bytes + index_bytes
+            searched_bytes = sum(tensor.nbytes for tensor in self._searched if tensor.is_cpu)
+            return self._host.used_bytes + self._rows.used_bytes + index_bytes + searched_bytes
 
     @property
     def used_bytes(self) -> dict[str, int]:
         """Bytes by tier."""
         tiers = [*self._memory, *self._slower]
         used = {tier.name: tier.used_bytes for tier in tiers} | {"host": self.host_bytes}
-        if self.device.type != "cpu":
-            with self._lock:
-                used["device"] = used.get("device", 0) + sum(search.device_bytes for search in self._searches)
+        with self._lock:
+            searched_bytes = sum(tensor.nbytes for tensor in self._searched if not tensor.is_cpu)
+        if searched_bytes:
+            used["device"] = used.get("device", 0) + searched_bytes
         return used
 
     @property
@@ -192,10 +190,14 @@ class PastKVManager:
         if self._disk is not None and not self._config.reuse:
             self._disk.delete(key)  # if it is being written, the writer sees to it
 
+    def in_memory(self, key: str) -> bool:
+        """Whether a block's rows can be had without a slower tier."""
+        return any(tier.holds(key) for tier in self._memory)
+
     def prefetch(self, key: str, rows_n: Tensor) -> None:
         """Read rows, ascending, of a block that is in slower tiers alone into host memory, in the background."""
         with self._lock:
-            if self._slower and key not in self._reading and not any(tier.holds(key) for tier in self._memory):
+            if self._slower and key not in self._reading and not self.in_memory(key):
                 self._reading[key] = self._reader.submit(self._prefetch, key, rows_n)
 
     def rows(self, key: str, rows_n: Tensor) -> Tensor:
@@ -262,9 +264,10 @@ class PastKVManager:
                 assert self._disk.used_bytes <= self._disk.budget_bytes, "disk is over its budget"
 
     @property
-    def _searches(self) -> list[KeyIndex]:
-        """The lock is held."""
-        return [past.search for past in self._pasts if past.search is not None]
+    def _searched(self) -> Iterator[Tensor]:
+        """What selector keys are searched with, each tensor once, though forks share some; the lock is held."""
+        held = (past.search.allocated for past in self._pasts if past.search is not None)
+        return iter({tensor.data_ptr(): tensor for tensors in held for tensor in tensors}.values())
 
     def _add_stream(self, key: str, index: dict[str, Tensor]) -> dict[str, Tensor]:
         """The lock is held."""

@@ -58,6 +58,11 @@ class SessionPast:
         """The last segment is closed: its block is whole, and goes to the lower tiers."""
         self._manager.complete(self.last_key, _own(boundary))
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether every block is in memory."""
+        return all(self._manager.in_memory(key) for key in self._keys)
+
     def prefetch(self, positions: Tensor) -> None:
         """Past tokens that the next `gather` may ask for: their rows come to host memory in the background.
 

@@ -71,6 +71,9 @@ class Policy(ABC, Generic[C]):
     def refresh(self, state: State, past: SessionPast) -> None:
         """A refresh point inside the open segment: choose the prefix anew, if this policy chooses. In place."""
 
+    def prefetch(self, state: State, past: SessionPast) -> None:
+        """A refresh point comes with the next pass: let what it may need be read meanwhile."""
+
     def boundary(self, state: State) -> dict[str, Tensor]:
         """What `resume` needs beside past KV to go on after this close. Only asked of policies with a layout."""
         raise NotImplementedError

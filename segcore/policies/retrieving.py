@@ -97,6 +97,12 @@ class RetrievingPolicy(Policy[C]):
         state.retrieved_CR = self.choose(state, past, sinks, state.closed - tail)
         self._insert_retrieved(state, past)
 
+    def prefetch(self, state: State, past: SessionPast) -> None:
+        """Guess by the queries so far; worth a search only if some of the past isn't in memory."""
+        if self.readers and state.closed and not past.in_memory:
+            sinks, tail = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
+            past.prefetch(self.choose(state, past, sinks, state.closed - tail))
+
     def boundary(self, state: State) -> dict[str, Tensor]:
         """Queries and choice, and the prefix of the cells that aren't in past KV."""
         kept = {f"queries.{i}": q for i, q in enumerate(state.queries)} | {"retrieved": state.retrieved_CR}

@@ -92,6 +92,11 @@ class KeyIndex(ABC):
     def host_bytes(self) -> int:
         """Allocated in host memory."""
 
+    @property
+    @abstractmethod
+    def allocated(self) -> list[Tensor]:
+        """Every tensor that it holds; forks share some."""
+
     @abstractmethod
     def _start(self) -> None:
         """Make room; the segment's length is known now."""

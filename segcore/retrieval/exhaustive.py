@@ -26,6 +26,10 @@ class ExhaustiveIndex(KeyIndex):
     def host_bytes(self) -> int:
         return self._keys.host_bytes if self._segment else 0
 
+    @property
+    def allocated(self) -> list[Tensor]:
+        return self._keys.allocated if self._segment else []
+
     def best_of(self, queries_CGWD: Sequence[Tensor], blocks_B: Tensor, *, first: int, stop: int) -> Tensor:
         """best_B of some blocks only, each of which holds a token in [first, stop); see `best_of_blocks`."""
         positions_Bb = blocks_B[:, None] * self._spec.block + torch.arange(self._spec.block)

@@ -49,6 +49,12 @@ class LowRankIndex(KeyIndex):
         spilled = self._codes.host_bytes + self._decoders.host_bytes if self._segment else 0
         return spilled + self._exact.host_bytes
 
+    @property
+    def allocated(self) -> list[Tensor]:
+        if not self._segment:
+            return []
+        return self._codes.allocated + self._decoders.allocated + self._exact.allocated
+
     def _start(self) -> None:
         selectors, head_dim, rank = self._spec.selectors, self._spec.head_dim, self._rank
         row_bytes = selectors * rank * (self._segment + head_dim * self._compute.itemsize)

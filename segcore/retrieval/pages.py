@@ -47,6 +47,11 @@ class Pages:
         self._pages[page][at].copy_(row)
         self.rows += 1
 
+    @property
+    def allocated(self) -> list[Tensor]:
+        """The pages as they were allocated; forks share some."""
+        return list(self._pages)
+
     def __iter__(self) -> Iterator[Tensor]:
         """The rows, in order, a page at a time; views, where they live."""
         for i, page in enumerate(self._pages):

@@ -28,6 +28,7 @@ from segcore.errors import (
     NotFound,
 )
 from segcore.model import CausalLM
+from segcore.pastkv.session import SessionPast
 from segcore.sampling import SamplingParams
 from tests.conftest import VOCABULARY, tiny_model, tiny_segment
 from tests.segcore.test_invariants import MATRIX
@@ -342,6 +343,30 @@ def test_an_answer_right_after_adopted_segments(make_engine):
         engine.append(name, STREAM[:80])
         engine.flush(name).result(SECONDS)
     assert answer(engine, "a") == answer(engine, "b")
+
+
+def test_what_the_next_refresh_may_need_is_read_while_the_model_runs(make_engine, tmp_path, monkeypatch):
+    """Little host memory: most blocks are on disk alone, and a close finds some of its rows in memory already."""
+    block = 16 * 4 * 2 * 8 * 8
+    asked: list[torch.Tensor] = []
+    prefetch = SessionPast.prefetch
+
+    def noted(past: SessionPast, positions: torch.Tensor) -> None:
+        asked.append(positions)
+        prefetch(past, positions)
+
+    monkeypatch.setattr(SessionPast, "prefetch", noted)
+    engine = make_engine(cache=CacheConfig(directory=tmp_path, host_bytes=6 * block))
+    engine.open("s")
+    fill(engine, "s", STREAM)
+    assert asked
+    assert {positions.shape[1] for positions in asked} == {8}
+    plenty = make_engine()
+    plenty.open("s")
+    asked.clear()
+    fill(plenty, "s", STREAM)
+    assert not asked
+    assert answer(plenty, "s") == answer(engine, "s")
 
 
 class Sessions(RuleBasedStateMachine):
