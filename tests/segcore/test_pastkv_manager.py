@@ -404,6 +404,28 @@ def test_host_memory_waits_for_a_slow_tier(make_past, tmp_path, monkeypatch):
     assert gathers(stream, *range(8))
 
 
+def test_blocks_that_are_being_written_count(make_past, tmp_path, monkeypatch):
+    """Even if nobody uses them any more: else a slow disk's queue would hold memory that no budget knows of."""
+    put, go = DirectoryTier.put, threading.Event()
+
+    def held(tier, block, spare=()):
+        assert go.wait(20)
+        put(tier, block, spare)
+
+    monkeypatch.setattr(DirectoryTier, "put", held)
+    past = make_past(blocks=2.5, directory=tmp_path)
+    for seed in (0, 1):
+        stream_of(past, seed).truncate(0)
+    third = threading.Thread(target=stream_of, args=(past, 2))
+    third.start()
+    third.join(0.2)
+    waited, blocks = third.is_alive(), len(past._host.keys)
+    go.set()
+    third.join()
+    assert waited
+    assert blocks == 2
+
+
 def test_the_books_are_free_while_a_tier_is_slow(make_past, tmp_path, monkeypatch):
     """A tier that hangs in a look-up, a read or a write holds nobody up who doesn't need it."""
     past = make_past(blocks=2.4, directory=tmp_path)

@@ -302,6 +302,7 @@ def test_a_shared_directory_forgets_what_was_not_used_for_longest(make_tier, tmp
     tier.put(block(2))
     assert not other.holds(key(9))
     age(tier._path(key(2)), 600)
+    tier._scan()
     tier.rows(key(0), torch.tensor([0]))  # now the one used last
     tier.put(block(3))
     assert [tier.holds(key(seed)) for seed in range(4)] == [True, False, True, True]
