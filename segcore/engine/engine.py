@@ -367,10 +367,6 @@ class Engine:
             self._steps.run(*turn)
         return turn is not None
 
-    def _park_displaced(self) -> None:
-        for session in self._scheduler.displaced():
-            self._steps.park(session)
-
     def _next_turn(self) -> tuple[Step, list[Session]] | None:
         """The next turn, once there is one; None when the engine ends."""
         with self._changed:
@@ -378,7 +374,8 @@ class Engine:
             self._changed.notify_all()
             while self._running:
                 step, sessions = self._scheduler.next()
-                self._park_displaced()
+                for session in self._scheduler.displaced():
+                    self._steps.park(session)
                 if sessions:
                     self._stepping = sessions
                     return step, sessions
