@@ -58,12 +58,11 @@ class Window:
         self.write(self.start, k, rotated, v)
 
     def extend(self, filled: int) -> None:
-        """Make the segment part of the prefix, in place, and begin an empty one of the same room after it."""
-        segment = self.k_HND.shape[1] - self.base
+        """Make the full segment part of the prefix, in place, and begin an empty one of the same room after it."""
         self.base += filled
         self.position += filled
-        if self.base + segment > self.k_HND.shape[1]:
-            self._grow(2 * self.base + segment, at_end=True)
+        if self.base + filled > self.k_HND.shape[1]:
+            self._grow(2 * self.base + filled, at_end=True)
 
     def _grow(self, rows: int, *, at_end: bool = False) -> None:
         more = rows - self.k_HND.shape[1]

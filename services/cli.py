@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segcore.errors import SegcoreError
+from segcore.presets import DEFAULT_MODEL
 from segcore.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -76,7 +77,25 @@ def _parser() -> argparse.ArgumentParser:
     heads.add_argument("--selectors", type=int, default=2, metavar="K", help="find at most so many; default: 2")
     heads.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16, ...")
     heads.set_defaults(run=_heads)
+
+    memory = commands.add_parser("memory", help="what a model's state takes, by formula; checked against an engine")
+    memory.add_argument(
+        "model", metavar="MODEL", nargs="?", default=DEFAULT_MODEL, help="as for serve, or llama-3.1-8b"
+    )
+    memory.add_argument("--dtype", help="auto (default), float32, bfloat16, ...")
+    memory.add_argument("--segment", metavar="KEY=VALUE,...", help="policy=NAME and its options")
+    memory.add_argument("--sessions", type=_positive, default=1, metavar="N")
+    memory.add_argument("--tokens", type=_positive, default=1_000_000, metavar="N", help="of each session")
+    memory.add_argument("--no-check", action="store_true", help="formulas alone: nothing is run or measured")
+    memory.set_defaults(run=_memory)
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
 
 
 def _add_service_options(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +148,13 @@ def _heads(options: argparse.Namespace) -> int:
     lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     find(options.model, options.output, options.text, ProbeConfig(**(given | lists)), options.selectors, options.dtype)
     return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from services.memory import memory
+
+    wanted = {"sessions": options.sessions, "tokens": options.tokens, "check": not options.no_check}
+    return memory(options.model, options.dtype, options.segment, **wanted)
 
 
 def _config(options: argparse.Namespace, **given: int | None) -> ServeConfig:

@@ -357,8 +357,15 @@ class Engine:
 
     def _loop(self) -> None:
         with torch.inference_mode():
-            while (turn := self._next_turn()) is not None:
-                self._steps.run(*turn)
+            while self._take_turn():
+                pass
+
+    def _take_turn(self) -> bool:
+        """One turn, once there is one; False when the engine ends. Nothing of it is held while the next is awaited."""
+        turn = self._next_turn()
+        if turn is not None:
+            self._steps.run(*turn)
+        return turn is not None
 
     def _next_turn(self) -> tuple[Step, list[Session]] | None:
         """The next turn, once there is one; None when the engine ends."""
