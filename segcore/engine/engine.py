@@ -112,8 +112,14 @@ class Engine:
     def append(self, session_id: str, tokens: Sequence[int]) -> None:
         """Add tokens at the stream's end; they run as soon as they fill a chunk, or at the next control.
 
-        Raises LimitExceeded beyond the longest allowed stream; then none is added.
+        Raises LimitExceeded beyond the longest allowed stream, and InvalidRequest for a token that the model doesn't
+        have; then none is added.
         """
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocabulary:
+            raise InvalidRequest(
+                f"tokens must lie between 0 and {self.spec.vocabulary - 1}, the model's vocabulary, not"
+                f" {min(tokens)} to {max(tokens)}"
+            )
         with self._changed:
             session = self._usable(session_id)
             limit = self.max_stream_tokens

@@ -18,6 +18,7 @@ from segcore.errors import (
     Busy,
     Cancelled,
     FailedPrecondition,
+    InvalidRequest,
     LimitExceeded,
     NotFound,
     SessionFailed,
@@ -214,6 +215,16 @@ def test_wrong_calls_are_refused(make_engine):
     engine.close("a")
     with pytest.raises(Cancelled):
         asked.done.result(SECONDS)
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY, 2**40])
+def test_a_token_that_the_model_does_not_have_is_refused(make_engine, token):
+    """One bad token would end every session of its batch."""
+    engine = make_engine()
+    engine.open("s")
+    with pytest.raises(InvalidRequest, match="between 0 and 299"):
+        engine.append("s", [1, token])
+    assert engine.session_stats("s").pending_tokens == 0
 
 
 def test_closing_frees_everything(make_engine, tmp_path):
