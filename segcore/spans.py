@@ -8,6 +8,7 @@ Shapes: T tokens, L width of the band, X starts of spans, M lengths of spans, K 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -34,21 +35,17 @@ def best_spans(scores_XM: Tensor, least: int, overlap: float) -> Iterator[tuple[
     Too much is an intersection over union above `overlap`. Ties go to the earlier start, then to the shorter span.
     scores_XM: from `span_scores`, with the same `least`; spans of minus infinity don't exist.
     """
-    scores, lengths = scores_XM.clone(), scores_XM.shape[1]
-    # Whole numbers in fp64: their quotient is rounded once, so an overlap of exactly 0.3 isn't above 0.3.
-    start_X1 = torch.arange(scores.shape[0], dtype=torch.float64)[:, None]
-    length_M = torch.arange(least, least + lengths, dtype=torch.float64)
-    stop_XM = start_X1 + length_M
-    while scores.numel():
-        start, column = divmod(int(scores.argmax()), lengths)  # argmax names the first of equals
-        if scores[start, column] == -torch.inf:
-            return
-        length = least + column
+    scores, most = scores_XM.clone(), least + scores_XM.shape[1] - 1
+    best_X = scores.amax(dim=1)
+    while best_X.max() > -torch.inf:
+        start = int(best_X.argmax())  # argmax names the first of equals
+        length = least + int(scores[start].argmax())
         yield start, length
-        near = slice(max(0, start - least - lengths + 2), start + length)  # no other start reaches the span
-        common = stop_XM[near].clamp(max=start + length) - start_X1[near].clamp(min=start)
-        common = common.clamp(min=0)
-        scores[near].masked_fill_(common / (length + length_M - common) > overlap, -torch.inf)
+        first, stop = max(0, start - most + 1), start + length  # no other start reaches the span
+        near = scores[first:stop]
+        close = _too_close(length, least, most, overlap)[first - (start - most + 1) :]
+        near.masked_fill_(close[: near.shape[0]], -torch.inf)
+        best_X[first:stop] = near.amax(dim=1)
 
 
 def tile(spans: Iterable[tuple[int, int]], tokens: int, least: int, most: int) -> list[int]:
@@ -107,6 +104,21 @@ def _by_attended(band_TL: Tensor) -> Tensor:
     """The same band read by the token that is looked at: [j, l] is band_TL[j + l, l], zero beyond the last token."""
     padded = torch.nn.functional.pad(band_TL, (0, 0, 0, band_TL.shape[1] - 1))
     return padded.unfold(0, band_TL.shape[1], 1).diagonal(dim1=1, dim2=2)
+
+
+@functools.lru_cache(maxsize=1024)
+def _too_close(length: int, least: int, most: int, overlap: float) -> Tensor:
+    """Which spans overlap a span of `length` tokens too much, [most - 1 + length, M], by start and length.
+
+    The first row is the start most - 1 tokens before the span's own.
+    """
+    with torch.inference_mode(False):  # shared by passes of all kinds
+        # Whole numbers in fp64: their quotient is rounded once, so an overlap of exactly 0.3 isn't above 0.3.
+        start_X1 = torch.arange(1 - most, length, dtype=torch.float64)[:, None]
+        length_M = torch.arange(least, most + 1, dtype=torch.float64)
+        common_XM = (start_X1 + length_M).clamp(max=length) - start_X1.clamp(min=0)
+        common_XM = common_XM.clamp(min=0)
+        return common_XM / (length + length_M - common_XM) > overlap
 
 
 def _join_short(runs: list[int], least: int) -> list[int]:
