@@ -160,9 +160,28 @@ def _state(spec: ModelSpec, config: SegmentConfig, tokens: int) -> Iterator[Line
     choosing = list(_choosing(spec, config, tokens))
     yield from choosing
     yield Line("logits", "state", "device", "session", "V·b", spec.vocabulary * b)
-    parked = live + sum(line.bytes for line in choosing if not line.at_most)
-    yield Line("live rows, choosing", "state", "host", "parked session", "3·(rows, all cells)·d·b + ...", parked)
-    yield Line("a fork; blocks are shared", "state", "host", "fork", "a parked state", parked)
+    held = live + sum(line.bytes for line in choosing)
+    unsure = row * _unsure_rows(spec, config, closed) + sum(line.bytes for line in choosing if line.at_most)
+    parked, formula = held - unsure, "3·(rows, all cells)·d·b + ..."
+    units: tuple[tuple[Unit, str, str], ...] = (
+        ("parked session", "live rows, choosing", formula),
+        ("fork", "a fork; blocks are shared", "a parked state"),
+    )
+    for unit, name, formula in units:
+        yield Line(name, "state", "host", unit, formula, parked)
+        if unsure:
+            yield Line("rows not always retrieved", "state", "host", unit, "see docs/memory.md", unsure, at_most=True)
+
+
+def _unsure_rows(spec: ModelSpec, config: SegmentConfig, closed: int) -> int:
+    """Rows of all cells that a choice may leave empty: blocks cut at the candidates' ends, spans that don't fit."""
+    if not isinstance(config, RetrievalConfig):
+        return 0
+    fewer = config.retrieved_tokens
+    if isinstance(config, SegmentedConfig):
+        fewer = min(fewer, 2 * (config.block_tokens - 1)) if config.selection == "global" else 0
+    candidates = max(closed - config.sink_tokens - config.reader_tail_tokens, 0)
+    return _readers(spec, config) * min(fewer, candidates)
 
 
 def _choosing(spec: ModelSpec, config: SegmentConfig, tokens: int) -> Iterator[Line]:
