@@ -27,6 +27,8 @@ from segcore.config import (
     StreamingConfig,
 )
 from segcore.model import ModelSpec
+from segcore.retrieval import IndexSpec
+from segcore.retrieval.pages import PAGE_ROWS
 
 Part = Literal["engine", "state", "past", "journal"]
 Place = Literal["device", "host", "disk", "shared"]
@@ -95,6 +97,7 @@ def lines(spec: ModelSpec, parameters: int, config: EngineConfig, tokens: int) -
         *_engine(spec, parameters, config, tokens),
         *_state(spec, config.segment, tokens),
         *_past(spec, config),
+        *_search(spec, config.segment, tokens),
         *_journal(config, tokens),
     ]
 
@@ -160,28 +163,26 @@ def _state(spec: ModelSpec, config: SegmentConfig, tokens: int) -> Iterator[Line
     choosing = list(_choosing(spec, config, tokens))
     yield from choosing
     yield Line("logits", "state", "device", "session", "V·b", spec.vocabulary * b)
-    held = live + sum(line.bytes for line in choosing)
-    unsure = row * _unsure_rows(spec, config, closed) + sum(line.bytes for line in choosing if line.at_most)
-    parked, formula = held - unsure, "3·(rows, all cells)·d·b + ..."
-    units: tuple[tuple[Unit, str, str], ...] = (
-        ("parked session", "live rows, choosing", formula),
-        ("fork", "a fork; blocks are shared", "a parked state"),
-    )
-    for unit, name, formula in units:
-        yield Line(name, "state", "host", unit, formula, parked)
-        if unsure:
-            yield Line("rows not always retrieved", "state", "host", unit, "see docs/memory.md", unsure, at_most=True)
+    parked = live + sum(line.bytes for line in choosing if not line.at_most)
+    lacking = row * _readers(spec, config) * _lacking(config, closed)
+    cutting = sum(line.bytes for line in choosing if line.at_most)
+    units: list[tuple[str, Unit, str]] = [
+        ("live rows, choosing", "parked session", "3·(rows, all cells)·d·b + ..."),
+        ("a fork; blocks are shared", "fork", "a parked state"),
+    ]
+    for name, unit, formula in units:
+        yield Line(name, "state", "host", unit, formula, parked - lacking)
+        if cutting or lacking:
+            formula = "queries that cut; 3·readers·(span_max-1)·d·b"
+            yield Line("what spans may take", "state", "host", unit, formula, cutting + lacking, at_most=True)
 
 
-def _unsure_rows(spec: ModelSpec, config: SegmentConfig, closed: int) -> int:
-    """Rows of all cells that a choice may leave empty: blocks cut at the candidates' ends, spans that don't fit."""
-    if not isinstance(config, RetrievalConfig):
+def _lacking(config: SegmentConfig, closed: int) -> int:
+    """Retrieved rows that may lack: whole spans are taken until one doesn't fit."""
+    if not isinstance(config, LtriConfig):
         return 0
-    fewer = config.retrieved_tokens
-    if isinstance(config, SegmentedConfig):
-        fewer = min(fewer, 2 * (config.block_tokens - 1)) if config.selection == "global" else 0
-    candidates = max(closed - config.sink_tokens - config.reader_tail_tokens, 0)
-    return _readers(spec, config) * min(fewer, candidates)
+    candidates = closed - config.sink_tokens - config.reader_tail_tokens
+    return config.span_max_tokens - 1 if candidates > config.retrieved_tokens > 0 else 0
 
 
 def _choosing(spec: ModelSpec, config: SegmentConfig, tokens: int) -> Iterator[Line]:
@@ -206,19 +207,55 @@ def _past(spec: ModelSpec, config: EngineConfig) -> Iterator[Line]:
     if not isinstance(segment, RetrievalConfig) or not _readers(spec, segment):
         return
     bulk = 2 * _readers(spec, segment) * number
-    searched: float = _watched(spec, segment) * number
+    index: float = _watched(spec, segment) * number
     formula, spans = "watched·d·b", isinstance(segment, LtriConfig)
     if isinstance(segment, LtriConfig):  # the shortest spans are the most: each a vector, a start and a length
-        searched = (searched + 2 * POSITION_BYTES) / segment.span_min_tokens
+        index = (index + 2 * POSITION_BYTES) / segment.span_min_tokens
         formula = "(watched·d·b + 16)/span_min"
     boundary, checksums = _boundary_bytes(spec, segment), CHECKSUM_BYTES * -(-segment.segment_tokens // PAGE_TOKENS)
     tiers: dict[Place, bool] = {"host": True, "disk": bool(config.cache.directory), "shared": bool(config.cache.shared)}
     for place in (place for place, there in tiers.items() if there):
         yield Line("past KV of the readers", "past", place, "closed token", "2·readers·d·b", bulk)
-        yield Line("what is searched", "past", place, "closed token", formula, searched, at_most=spans)
+        yield Line("index", "past", place, "closed token", formula, index, at_most=spans)
         yield Line("boundary", "past", place, "segment", "see docs/memory.md", boundary)
         if place != "host":
             yield Line("checksums, header", "past", place, "segment", "8·S/16 + 1.5 KiB", checksums + HEADER_BYTES)
+
+
+def _search(spec: ModelSpec, config: SegmentConfig, tokens: int) -> Iterator[Line]:
+    """What a session searches of all its closed segments, apart from blocks; `segcore.retrieval` holds it in pages."""
+    watched, segments = _watched(spec, config), tokens // config.segment_tokens
+    if not isinstance(config, SegmentedConfig) or config.selection == "cell" or not watched:
+        return
+    keys, budget = watched * spec.head_dim * spec.dtype.itemsize, IndexSpec.device_budget_bytes
+    if config.index == "exhaustive":
+        yield from _paged("keys", "watched·d·b", keys, config, segments, budget // (keys * config.segment_tokens))
+        return
+    codes = watched * max(1, 3 * spec.head_dim // 8)
+    decoders = codes * spec.head_dim * min(spec.dtype.itemsize, 4)
+    device_rows = budget // (codes * config.segment_tokens + decoders)
+    yield from _paged("keys", "watched·d·b", keys, config, segments, 0)
+    yield from _paged("codes", "watched·3d/8", codes, config, segments, device_rows)
+    share = decoders / config.segment_tokens
+    yield from _paged("decoders", "watched·d·3d/8·min(b,4)/S", share, config, segments, device_rows)
+
+
+def _paged(
+    name: str, formula: str, size: float, config: SegmentConfig, segments: int, device_rows: int
+) -> Iterator[Line]:
+    """A table in pages, a row for each segment, `size` bytes a token; beyond `device_rows`, its pages are the host's.
+
+    The first page doubles from one row; when it is full, whole pages follow.
+    """
+    page = min(1 << max(segments - 1, 0).bit_length(), PAGE_ROWS)
+    rows = max(-(-segments // page), 1) * page
+    on_device = min(rows, device_rows // page * page) / rows
+    spare = size * config.segment_tokens * (rows - segments) if segments else 0
+    shares: list[tuple[Place, float]] = [("device", on_device), ("host", 1 - on_device)]
+    for place, share in shares:
+        if share:
+            yield Line(f"{name} searched", "past", place, "closed token", formula, size * share)
+            yield Line(f"{name} searched: room", "past", place, "session", "rows of pages to fill", spare * share)
 
 
 def _boundary_bytes(spec: ModelSpec, config: RetrievalConfig) -> int:

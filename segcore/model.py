@@ -152,10 +152,12 @@ class CausalLM:
 
         Sequences beyond `attends` are padding: they run, and what comes out of them means nothing.
         """
+        # The last position by its index, not as a slice: torch would copy the whole head's weights for a strided input.
+        last = torch.tensor([tokens_BT.shape[1] - 1], device=tokens_BT.device)
         output = self.model(
             input_ids=tokens_BT,
             use_cache=False,
-            logits_to_keep=0 if all_logits else 1,
+            logits_to_keep=0 if all_logits else last,
             segcore_attend=attends,
         )
         return cast(Tensor, output.logits)

@@ -145,7 +145,7 @@ class RetrievingPolicy(Policy[C]):
         for layer, windows in enumerate(state.layers):
             for window in windows:
                 if self._reads(layer, window):
-                    columns = [self._column[Cell(layer, head)] for head in window.heads]
+                    columns = self._columns(layer, window)
                     rows = slice(window.base, window.base + state.filled)
                     kv_SC2D[:, columns, 0] = window.k_HND[:, rows].transpose(0, 1)
                     kv_SC2D[:, columns, 1] = window.v_HND[:, rows].transpose(0, 1)
@@ -167,6 +167,10 @@ class RetrievingPolicy(Policy[C]):
 
     def _of_heads(self, kv_RC2D: Tensor, layer: int, window: Window) -> tuple[Tensor, Tensor]:
         """Keys and values of a window's heads, [H, R, D] each."""
-        columns = [self._column[Cell(layer, head)] for head in window.heads]
-        k_RHD, v_RHD = kv_RC2D[:, columns].unbind(dim=2)
+        k_RHD, v_RHD = kv_RC2D[:, self._columns(layer, window)].unbind(dim=2)
         return k_RHD.transpose(0, 1), v_RHD.transpose(0, 1)
+
+    def _columns(self, layer: int, window: Window) -> slice:
+        """A reading window's columns of past KV: adjacent, for readers are in the order of layers and heads."""
+        first = self._column[Cell(layer, window.heads[0])]
+        return slice(first, first + len(window.heads))

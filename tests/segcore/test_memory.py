@@ -30,12 +30,13 @@ from segcore.config import (
 )
 from segcore.engine.engine import Engine
 from segcore.engine.runner import Runner
-from segcore.model import CausalLM
+from segcore.model import CausalLM, ModelSpec
 from segcore.pastkv.manager import PastKVManager
 from segcore.policies import POLICIES
 from segcore.presets import segment_preset
+from segcore.retrieval import INDEXES, IndexSpec
 from services.cli import main
-from services.memory import SHAPES, Figure, Shape, measure, tensor_bytes
+from services.memory import SHAPES, Figure, measure, tensor_bytes
 from tests.conftest import tiny_model, tiny_segment
 from tests.segcore.test_invariants import MATRIX
 
@@ -47,7 +48,12 @@ PAPERS = {
     "duo": DuoConfig(segment_tokens=64, retrieval=(Cell(0, 1),), sink_tokens=4, window_tokens=30),
     "lagkv": LagKVConfig(segment_tokens=64, sink_tokens=4, lag_tokens=16, keep=0.5),
     "ltri": LtriConfig(
-        segment_tokens=64, reader_tail_tokens=8, retrieved_tokens=16, query_window_tokens=8, selectors=(Cell(1, 0),)
+        segment_tokens=64,
+        reader_tail_tokens=8,
+        retrieved_tokens=16,
+        query_window_tokens=8,
+        selectors=(Cell(1, 0),),
+        span_max_tokens=8,
     ),
 }
 CONFIGS: dict[str, SegmentConfig] = {
@@ -69,7 +75,7 @@ def test_the_formulas_say_what_an_engine_allocates(name, kv_heads, dtype):
     figures = measured(lm, CONFIGS[name], tensor_bytes() - before)
     assert {name: (f.measured, f.expected) for name, f in figures.items() if not f.ok} == {}
     state = figures["a state in its slot, memory"]
-    assert abs(state.deviation) < 4e-3
+    assert abs(state.deviation) < (1e-3 if dtype == torch.float64 else 4e-3)
     assert state.measured > 1000
 
 
@@ -93,11 +99,6 @@ def bytes_of(name: str, place: str, config: SegmentConfig, tokens: int = 1000, m
     return sum(line.bytes for line in made if (line.name, line.place) == (name, place))
 
 
-def each(unit: str, config: SegmentConfig, tokens: int) -> float:
-    made = memory.lines(SHAPES["llama-3.1-8b"].spec(torch.bfloat16), 0, EngineConfig(segment=config), tokens)
-    return sum(line.bytes for line in made if line.unit == unit)
-
-
 def test_growing_policies_by_hand():
     """Llama-3.1-8B in bf16: 8 heads of 128, so 6,144 bytes a row of a layer."""
     row, name = 8 * 3 * 128 * 2, "state that grows"
@@ -115,15 +116,15 @@ def test_readers_locals_and_the_segment_alone():
     tokens, number = 1024, 128 * 2
     some = SegmentedConfig(readers=((0, 0), (1, 0), (2, 0)), segment_only=((3, 0),), selectors=((9, 1),))
     assert bytes_of("past KV of the readers", "host", some) == 3 * 2 * number
-    assert bytes_of("what is searched", "host", some) == number
+    assert bytes_of("index", "host", some) == number
     local = 32 * 8 - 3 - 1
     boundary = 1 * 4 * 64 * number + 8 * 512 + 128_256 * 2 + 2 * local * (4 + 512) * number
     assert bytes_of("boundary", "host", some) == boundary
     rows = 3 * (4 + 512 + 256) + local * (4 + 512) + 256 * 10
-    parked = each("parked session", some, tokens + 10)
+    parked = bytes_of("live rows, choosing", "host", some, tokens + 10)
     assert parked == rows * 3 * number + 4 * 64 * number + 8 * 512
     own = dataclasses.replace(some, selection="cell", selectors=())
-    assert bytes_of("what is searched", "host", own) == 3 * number
+    assert bytes_of("index", "host", own) == 3 * number
     assert bytes_of("retrieved positions", "device", own, 10_000) == 8 * 3 * 512
     none = dataclasses.replace(some, retrieved_tokens=0)
     assert bytes_of("past KV of the readers", "host", none) == bytes_of("boundary", "host", none) == 0
@@ -186,17 +187,20 @@ def documented_column(model: str) -> dict[str, int]:
     made = memory.lines(spec, shape.parameters, config, million)
     full = EngineConfig(segment=segment_config("full", segment_tokens=segment.segment_tokens))
 
-    def each(place: str, unit: str, *, limits: bool = False) -> float:
-        here = [line for line in made if (line.place, line.unit) == (place, unit)]
-        return sum(line.bytes for line in here if limits or not line.at_most)
+    def each(place: str, unit: str, *parts: str) -> float:
+        here = [
+            line for line in made if (line.place, line.unit) == (place, unit) and line.part in (parts or (line.part,))
+        ]
+        return sum(line.bytes for line in here if not line.at_most)
 
     grown = memory.lines(spec, shape.parameters, full, million)
     return {
         "weights": round(each("device", "engine")),
         "a slot": round(each("device", "slot")),
-        "a session's logits": round(each("device", "session")),
-        "a parked session, at most": round(each("host", "parked session", limits=True)),
-        "past KV and index, a token": round(each("host", "closed token")),
+        "a session's logits": round(each("device", "session", "state")),
+        "a parked session": round(each("host", "parked session")),
+        "past KV, index and keys searched, a token": round(each("host", "closed token")),
+        "codes and decoders searched, a token": round(each("device", "closed token")),
         "boundary, a segment": round(each("host", "segment")),
         "all of it on disk, a token": round(
             each("disk", "closed token") + each("disk", "segment") / segment.segment_tokens
@@ -219,16 +223,39 @@ def test_the_documents_table_is_the_functions():
     assert documented == documented_table()
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 63, 64, 65, 130])
+@pytest.mark.parametrize("device_rows", [0, 3, 64, 100, 200])
+@pytest.mark.parametrize("name", ["lowrank", "exhaustive"])
+def test_what_is_searched_is_the_index_s_pages(name, device_rows, rows, monkeypatch):
+    segment, row = 16, 2 * (8 * 8 if name == "exhaustive" else 3) * 16 + 2 * 8 * 3 * 4 * (name == "lowrank")
+    monkeypatch.setattr(IndexSpec, "device_budget_bytes", device_rows * row)
+    device = torch.device("cpu")
+    index = INDEXES[name](
+        IndexSpec(
+            selectors=2, head_dim=8, dtype=torch.float64, device=device, block=4, device_budget_bytes=device_rows * row
+        )
+    )
+    for _ in range(rows):
+        index.append(torch.randn(2, segment, 8, dtype=torch.float64))
+    config = EngineConfig(segment=tiny_segment(index=name, selectors=((0, 0), (0, 1))))
+    spec = ModelSpec("tiny", 2, 2, 2, 8, 8**-0.5, 300, 512, torch.float64, device)
+    searched = [m for m in memory.lines(spec, 0, config, rows * segment) if "searched" in m.name]
+    counts = {"closed token": rows * segment, "session": 1}
+    sums = {place: sum(m.bytes * counts[m.unit] for m in searched if m.place == place) for place in ("device", "host")}
+    assert sums == pytest.approx({"device": index.device_bytes, "host": index.host_bytes})
+
+
 def test_totals_of_many_sessions():
     config = EngineConfig(segment=tiny_segment(selectors=((0, 1),)), slots=2)
-    spec = Shape(2, 2, 2, 8, 300, 512, parameters=1000).spec(torch.float64)
+    spec = ModelSpec("tiny", 2, 2, 2, 8, 8**-0.5, 300, 512, torch.float64, torch.device("cpu"))
     made = memory.lines(spec, 1000, config, 40)
     sums = memory.total(made, config, sessions=5, tokens=40)
     row = 3 * 8 * 8
     queries, chosen, logits = 2 * 6 * 64, 8 * 8, 300 * 8
     engine = 8000 + sum(line.bytes for line in made if line.unit == "engine" and line.at_most)
-    assert sums["device"] == engine + 2 * (4 * (14 + 16) * row + queries + chosen) + 5 * logits
-    past = 32 * (4 * 2 + 1) * 64 + 2 * (queries + chosen + logits)
+    codes = 32 * 3 + 2 * 8 * 3 * 4
+    assert sums["device"] == engine + 2 * (4 * (14 + 16) * row + queries + chosen) + 5 * (logits + codes)
+    past = 32 * (4 * 2 + 2) * 64 + 2 * (queries + chosen + logits)
     parked = 4 * (14 + 8) * row + queries + chosen
     journal = 40 * 4 + 40 * 8 / 16
     assert sums["host"] == pytest.approx(3 * parked + 5 * (past + journal * 17 / 16 + 84), abs=1)
