@@ -7,7 +7,7 @@ once: 3·d·b bytes a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,14 +44,15 @@ HEADER_BYTES = 1536
 MASKS_KEPT = 4
 
 
-def engine_bytes(device: torch.device, past_host_bytes: int) -> int:
+def engine_bytes(device: torch.device, past_bytes: Mapping[str, int]) -> int:
     """Bytes that should not grow with the stream: weights, states and scratch.
 
-    On a GPU: what torch holds there. On a CPU: the process's resident memory without the past KV in it.
+    On a GPU: what torch holds there, on a CPU: the process's resident memory, either without the past KV in it.
+    past_bytes: by tier.
     """
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss) - past_host_bytes
+        return torch.cuda.memory_allocated(device) - past_bytes.get("device", 0)
+    return int(psutil.Process().memory_info().rss) - past_bytes["host"]
 
 
 @dataclass(frozen=True)

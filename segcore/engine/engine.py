@@ -242,7 +242,7 @@ class Engine:
             past = self._past.used_bytes
             return EngineStats(
                 sessions=len(self._sessions),
-                engine_bytes=engine_bytes(self.spec.device, past["host"]),
+                engine_bytes=engine_bytes(self.spec.device, past),
                 past_bytes=past,
                 faults=dict(self._past.faults),
             )
