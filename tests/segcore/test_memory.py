@@ -66,9 +66,17 @@ def measured(lm: CausalLM, config: SegmentConfig, weights: int = 0) -> dict[str,
     return {figure.name: figure for figure in measure(lm, engine, weights)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kv_heads", [2, 4], ids=["gqa", "mha"])
-@pytest.mark.parametrize("name", CONFIGS)
+# Every policy as it is served, and each way of searching in the other shapes too.
+@pytest.mark.parametrize(
+    ("name", "kv_heads", "dtype"),
+    [(name, 2, torch.bfloat16) for name in CONFIGS]
+    + [
+        (name, 4, dtype)
+        for name in ("segmented", "segmented-paper", "ltri")
+        for dtype in (torch.float64, torch.bfloat16)
+    ],
+    ids=str,
+)
 def test_the_formulas_say_what_an_engine_allocates(name, kv_heads, dtype):
     before = tensor_bytes()
     lm = CausalLM(tiny_model(kv_heads=kv_heads, dtype=dtype))
