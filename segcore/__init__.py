@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from segcore.config import CacheConfig, Cell, EngineConfig, SegmentConfig
+    from segcore.config import CacheConfig, Cell, EngineConfig, SegmentConfig, segment_config
     from segcore.engine.engine import Engine, EngineStats, SessionStats
     from segcore.engine.request import Generation
     from segcore.errors import SegcoreError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "segcore.config": ("CacheConfig", "Cell", "EngineConfig", "SegmentConfig"),
+    "segcore.config": ("CacheConfig", "Cell", "EngineConfig", "SegmentConfig", "segment_config"),
     "segcore.engine.engine": ("Engine", "EngineStats", "SessionStats"),
     "segcore.engine.request": ("Generation",),
     "segcore.errors": ("SegcoreError",),
@@ -51,6 +51,7 @@ __all__ = [
     "SessionStats",
     "TextTokenizer",
     "load_model",
+    "segment_config",
     "segment_preset",
 ]
 

@@ -19,6 +19,8 @@ SegcoreError
 └── PastKVError             past KV that can't be stored or trusted
     ├── BlockMissing        a block isn't where it was put
     ├── BlockDamaged        a block's checksum doesn't match
+    ├── BlockMismatch       a block of another model, layout, adapter or tenant
+    ├── TierUnavailable     a tier that doesn't answer
     └── StorageFull         a tier's budget, or its disk, is used up
 """
 
@@ -115,6 +117,14 @@ class BlockMissing(PastKVError):
 
 class BlockDamaged(PastKVError):
     """A block's checksum doesn't match its bytes."""
+
+
+class BlockMismatch(PastKVError):
+    """A block of another model, layout, adapter or tenant; the detail `fields` says in what it differs."""
+
+
+class TierUnavailable(PastKVError):
+    """A tier, a server or a file system, that doesn't answer or refuses."""
 
 
 class StorageFull(PastKVError):

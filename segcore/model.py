@@ -11,7 +11,7 @@ Shapes: T tokens, H KV heads, G query heads per KV head, D head dimension, N pos
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -23,6 +23,8 @@ from segcore.attention.sdpa import sdpa_attention
 from segcore.errors import UnsupportedModel
 
 ATTENTION_NAME = "segcore"
+# What reached attention, by layer: queries, [H*G, T, D], keys, [H, T, D], and the scale.
+Seen = dict[int, tuple[Tensor, Tensor, float]]
 
 
 class Attend(Protocol):
@@ -35,13 +37,14 @@ class Attend(Protocol):
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The shape of a model, as far as the engine needs it."""
+    """The shape of a model, as far as the engine needs it. scale: its attention multiplies dot products by this."""
 
     architecture: str
     layers: int
     kv_heads: int
     queries_per_kv_head: int
     head_dim: int
+    scale: float
     vocabulary: int
     max_positions: int
     dtype: torch.dtype
@@ -101,19 +104,21 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    segcore_attend: Attend,
+    segcore_attend: Sequence[Attend],
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature; [1, H*G, T, D] in, [1, T, H*G, D] out."""
-    _, heads, tokens, dim = query.shape
+    """transformers' attention signature; [B, H*G, T, D] in, [B, T, H*G, D] out. Sequences beyond the callbacks pad."""
+    batch, heads, tokens, dim = query.shape
     kv_heads = key.shape[1]
     scale = dim**-0.5 if scaling is None else scaling
     for term in ("sliding_window", "softcap", "s_aux"):
         if extra.get(term) is not None:
             raise UnsupportedModel(f"{type(module).__name__} can't be run exactly: its attention has a {term} term")
-    q = query[0].view(kv_heads, heads // kv_heads, tokens, dim)
-    out_HGTD = segcore_attend(cast(int, module.layer_idx), q, key[0], value[0], scale)
-    return out_HGTD.reshape(heads, tokens, dim).transpose(0, 1)[None], None
+    layer, q_BHGTD = cast(int, module.layer_idx), query.view(batch, kv_heads, heads // kv_heads, tokens, dim)
+    sequences = zip(segcore_attend, q_BHGTD, key, value, strict=False)
+    out = [attend(layer, q_HGTD, k_HTD, v_HTD, scale) for attend, q_HGTD, k_HTD, v_HTD in sequences]
+    out += [torch.zeros_like(out[0])] * (batch - len(out))
+    return torch.stack(out).flatten(1, 2).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
@@ -140,22 +145,31 @@ class CausalLM:
 
     def __call__(self, tokens_T: Tensor, attend: Attend, *, all_logits: bool = False) -> Tensor:
         """One forward pass over the tokens; logits of the last token, [1, V], or of all, [T, V]."""
-        output = self.model(
-            input_ids=tokens_T[None],
-            use_cache=False,
-            logits_to_keep=0 if all_logits else 1,
-            segcore_attend=attend,
-        )
-        return cast(Tensor, output.logits[0])
+        return self.batch(tokens_T[None], [attend], all_logits=all_logits)[0]
 
-    def _record(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """The queries, [H*G, T, D], and keys, [H, T, D], that reach attention in each layer, for the probe's tokens."""
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
+    def batch(self, tokens_BT: Tensor, attends: Sequence[Attend], *, all_logits: bool = False) -> Tensor:
+        """The same for several sequences, each with its own attention; [B, 1, V] or [B, T, V].
+
+        Sequences beyond `attends` are padding: they run, and what comes out of them means nothing.
+        """
+        # The last position by its index, not as a slice: torch would copy the whole head's weights for a strided input.
+        last = torch.tensor([tokens_BT.shape[1] - 1], device=tokens_BT.device)
+        output = self.model(
+            input_ids=tokens_BT,
+            use_cache=False,
+            logits_to_keep=0 if all_logits else last,
+            segcore_attend=attends,
+        )
+        return cast(Tensor, output.logits)
+
+    def _record(self) -> Seen:
+        """What reaches attention for the probe's tokens."""
+        seen: Seen = {}
 
         def look(layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
             if v_HTD.shape != k_HTD.shape:
                 raise UnsupportedModel(f"{type(self.model).__name__}: its values differ in shape from its keys")
-            seen[layer] = (q_HGTD.flatten(0, 1), k_HTD)
+            seen[layer] = (q_HGTD.flatten(0, 1), k_HTD, scale)
             # What attention returns doesn't matter, as long as it is the same with and without rotation.
             return torch.zeros_like(q_HGTD)
 
@@ -163,34 +177,33 @@ class CausalLM:
             self(_probe_tokens(self.model), look)
         return seen
 
-    def _measure(self, seen: dict[int, tuple[Tensor, Tensor]]) -> ModelSpec:
+    def _measure(self, seen: Seen) -> ModelSpec:
         """Read the shape off what reached attention, so that no config field's name or meaning is guessed."""
         name, config = type(self.model).__name__, _config(self.model)
         if sorted(seen) != list(range(config.num_hidden_layers)):
             raise UnsupportedModel(
                 f"{name}: only layers {sorted(seen)} of {config.num_hidden_layers} call the attention interface"
             )
-        q, k = seen[0]
-        if any((x.shape, y.shape) != (q.shape, k.shape) for x, y in seen.values()):
-            raise UnsupportedModel(f"{name}: its layers differ in heads or head dimension")
+        q, k, scale = seen[0]
+        if any((x.shape, y.shape, z) != (q.shape, k.shape, scale) for x, y, z in seen.values()):
+            raise UnsupportedModel(f"{name}: its layers differ in heads, head dimension or scale")
         return ModelSpec(
             architecture=name,
             layers=len(seen),
             kv_heads=k.shape[0],
             queries_per_kv_head=q.shape[0] // k.shape[0],
             head_dim=k.shape[-1],
+            scale=scale,
             vocabulary=config.vocab_size,
             max_positions=config.max_position_embeddings,
             dtype=k.dtype,
             device=k.device,
         )
 
-    def _check_rotation(
-        self, plain: dict[int, tuple[Tensor, Tensor]], rotated: dict[int, tuple[Tensor, Tensor]]
-    ) -> None:
+    def _check_rotation(self, plain: Seen, rotated: Seen) -> None:
         """Refuse a model that rotates otherwise than `rope` does, in any layer."""
-        for layer, (q, k) in plain.items():
-            for ours, own in zip(self.rope(q, k, 0), rotated[layer], strict=True):
+        for layer, (q, k, _) in plain.items():
+            for ours, own in zip(self.rope(q, k, 0), rotated[layer][:2], strict=True):
                 if not _relative_error(ours, own) <= _rounding(own.dtype):
                     raise UnsupportedModel(
                         f"{self.spec.architecture}: layer {layer} doesn't rotate queries and keys as RoPE does"

@@ -1,21 +1,57 @@
-"""What was settled by measurement or by custom: the default model, its segment settings, where caches go."""
+"""What was settled by measurement, publication or custom: the default model, segment settings, where caches go."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from segcore.config import Cell, SegmentConfig
+from segcore.config import Cell, SegmentConfig, SegmentedConfig
+from segcore.errors import ConfigError
+from segcore.heads.report import HeadsReport
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
-# Other models name their own selectors.
-SEGMENT_PRESETS = {DEFAULT_MODEL: SegmentConfig(selectors=(Cell(17, 1), Cell(18, 2)))}
+# Models whose cells were searched with `segcore heads`; for others it takes some minutes.
+SHIPPED_HEADS = {DEFAULT_MODEL: Path(__file__).parent / "data" / "heads" / f"{DEFAULT_MODEL}.json"}
+
+# The heads of Llama-2-7B, 32 layers of 32, that look back (arXiv 2605.11744): its best 16 retrieval heads by index, and
+# the layers that read. The paper's text has layer 18 for 16; its code, and the model's best retrieval heads, have 16.
+PAPER_MODEL, PAPER_LAYERS = "llama-2-7b", 32
+LONG_HEADS = (0, 1, 2, 4, 9, 12, 14, 15, 16, 18, 19, 22, 23, 26, 29, 30)
+LONG_LAYERS = (6, 8, 11, 16)
 
 
-def segment_preset(model: str) -> SegmentConfig:
-    """The measured settings of a model; the plain defaults for others."""
-    return SEGMENT_PRESETS.get(model, SegmentConfig())
+def segment_preset(model: str, name: str = "default") -> SegmentConfig:
+    """The settings of a model: "default", the measured ones, or the plain defaults where none were measured; "paper",
+    the published ones of Llama-2-7B and its fine-tunings.
+
+    Raises ConfigError for another name, and for "paper" with a model whose name isn't one of Llama-2-7B.
+    """
+    if name == "default":
+        plain = SegmentedConfig()
+        return HeadsReport.read(SHIPPED_HEADS[model]).apply(plain) if model in SHIPPED_HEADS else plain
+    if name != "paper":
+        raise ConfigError(f"unknown preset {name!r}; known: default, paper")
+    if PAPER_MODEL not in model.lower():
+        raise ConfigError(f"preset 'paper' names heads of Llama-2-7B, not of {model!r}; choose preset 'default'")
+    return paper_preset()
+
+
+def paper_preset() -> SegmentedConfig:
+    """Segmented execution as published (arXiv 2605.11744): half of the heads look back, without a tail."""
+    readers = {Cell(layer, head) for layer in LONG_LAYERS for head in LONG_HEADS}
+    long = {Cell(layer, head) for layer in range(PAPER_LAYERS) for head in LONG_HEADS}
+    return SegmentedConfig(
+        segment_tokens=4096,
+        selection="cell",
+        sink_tokens=0,
+        tail_tokens=512,
+        reader_tail_tokens=0,
+        retrieved_tokens=512,
+        query_window_tokens=64,
+        readers=tuple(readers),
+        segment_only=tuple(long - readers),
+    )
 
 
 def cache_directory() -> Path:

@@ -16,11 +16,11 @@ def tokens_to_next_cut(filled: int, segment: SegmentConfig, chunk_tokens: int) -
     """
     assert 0 <= filled < segment.segment_tokens
     cuts = [segment.segment_tokens, (filled // chunk_tokens + 1) * chunk_tokens]
-    if segment.refresh_tokens is not None:
-        cuts.append((filled // segment.refresh_tokens + 1) * segment.refresh_tokens)
+    if segment.refresh_points is not None:
+        cuts.append((filled // segment.refresh_points + 1) * segment.refresh_points)
     return min(cuts) - filled
 
 
 def is_refresh_point(filled: int, segment: SegmentConfig) -> bool:
     """Whether the prefix is chosen anew after `filled` tokens of an open, not yet full segment."""
-    return segment.refresh_tokens is not None and filled > 0 and filled % segment.refresh_tokens == 0
+    return segment.refresh_points is not None and filled > 0 and filled % segment.refresh_points == 0

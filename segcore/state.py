@@ -1,6 +1,6 @@
 """What F carries from chunk to chunk (design, section 2). Its size on the device doesn't depend on the stream's length.
 
-Shapes: H KV heads, N rows, D head dimension, G query heads per KV head, L_q tokens of the query window.
+Shapes: H KV heads, N rows, D head dimension, G query heads per KV head, L_q tokens of the query window, C choices.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass
 class Window:
-    """Keys and values that the queries of some KV heads of one layer see. A row's index is its RoPE position.
+    """Keys and values that the queries of some KV heads of one layer see.
 
-    Rows [start, base) are the prefix, in stream order, right-aligned; rows [base, base + filled) are the open segment.
-    Rows outside are never attended to.
+    Rows [start, base) are the prefix, in stream order, right-aligned; rows [base, base + filled) are the open segment,
+    whose first token takes RoPE position `position`. Rows outside are never attended to.
 
-    heads: the KV heads, ascending. k_HND: keys before rotation. rotated_HND: the same keys, rotated to their rows.
+    heads: the KV heads, ascending. k_HND: keys before rotation. rotated_HND: the same keys, rotated.
     """
 
     heads: tuple[int, ...]
@@ -27,27 +27,51 @@ class Window:
     v_HND: Tensor
     start: int
     base: int
+    position: int
 
     @classmethod
-    def allocate(cls, heads: tuple[int, ...], rows: int, base: int, like: Tensor, head_dim: int) -> Window:
-        k, rotated, v = (like.new_zeros((len(heads), rows, head_dim)) for _ in range(3))
-        return cls(heads, k, rotated, v, start=base, base=base)
+    def allocate(
+        cls, heads: tuple[int, ...], like: Tensor, head_dim: int, *, segment: int, prefix: int = 0, position: int = 0
+    ) -> Window:
+        """An empty window with room for `prefix` rows and a segment."""
+        k, rotated, v = (like.new_zeros((len(heads), prefix + segment, head_dim)) for _ in range(3))
+        return cls(heads, k, rotated, v, start=prefix, base=prefix, position=position)
 
     def write(self, row: int, k_HTD: Tensor, rotated_HTD: Tensor, v_HTD: Tensor) -> None:
         """Put keys and values at rows row, row + 1, ..."""
         rows = slice(row, row + k_HTD.shape[1])
-        assert rows.stop <= self.k_HND.shape[1]
+        assert 0 <= row <= rows.stop <= self.k_HND.shape[1]
         self.k_HND[:, rows], self.rotated_HND[:, rows], self.v_HND[:, rows] = k_HTD, rotated_HTD, v_HTD
 
-    def grow(self, rows: int) -> None:
-        """Make room for `rows` rows, doubling, so that growing costs a constant per row."""
-        held = self.k_HND.shape[1]
-        if rows <= held:
-            return
-        pad = (0, 0, 0, max(rows, 2 * held) - held)
+    def keep(self, rows: Tensor, position: int) -> None:
+        """Make `rows`, [n] or one choice per head [H, n], the prefix of an empty segment, as they are rotated.
+
+        A prefix that outgrows the window makes it grow, by doubling, so that growing costs a constant per row.
+        """
+        heads = torch.arange(len(self.heads), device=rows.device)[:, None]
+        index = (heads, rows.expand(len(self.heads), -1))
+        k, rotated, v = self.k_HND[index], self.rotated_HND[index], self.v_HND[index]
+        segment = self.k_HND.shape[1] - self.base
+        if k.shape[1] > self.base:
+            self._grow(max(k.shape[1], 2 * self.base) + segment)
+        self.start, self.position = self.base - k.shape[1], position
+        self.write(self.start, k, rotated, v)
+
+    def extend(self, filled: int) -> None:
+        """Make the full segment part of the prefix, in place, and begin an empty one of the same room after it."""
+        self.base += filled
+        self.position += filled
+        if self.base + filled > self.k_HND.shape[1]:
+            self._grow(2 * self.base + filled, at_end=True)
+
+    def _grow(self, rows: int, *, at_end: bool = False) -> None:
+        more = rows - self.k_HND.shape[1]
+        pad = (0, 0, 0, more) if at_end else (0, 0, more, 0)
         self.k_HND = torch.nn.functional.pad(self.k_HND, pad)
         self.rotated_HND = torch.nn.functional.pad(self.rotated_HND, pad)
         self.v_HND = torch.nn.functional.pad(self.v_HND, pad)
+        if not at_end:
+            self.start, self.base = self.start + more, self.base + more
 
     @property
     def nbytes(self) -> int:
@@ -59,16 +83,23 @@ class State:
     """A stream's state.
 
     layers: the windows of each layer; together they hold each KV head once.
-    queries: unrotated queries of the query window by selector, [G, <=L_q, D] each, oldest first.
-    retrieved_R: stream positions of the retrieved prefix, ascending.
-    length: tokens of the stream so far. filled: tokens of the open segment.
+    queries: unrotated queries of the query window by watched cell, [G, <=L_q, D] each, oldest first.
+    retrieved_CR: stream positions of the retrieved prefix, ascending; one row per choice: one for all readers, or one
+    for each. length: tokens of the stream so far. filled: tokens of the open segment. events: passes and marks so far
+    (`pastkv.journal`).
     """
 
     layers: list[list[Window]]
     queries: list[Tensor] = field(default_factory=list)
-    retrieved_R: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    retrieved_CR: Tensor = field(default_factory=lambda: torch.empty((1, 0), dtype=torch.long))
     length: int = 0
     filled: int = 0
+    events: int = 0
+
+    @property
+    def closed(self) -> int:
+        """Tokens of the closed segments."""
+        return self.length - self.filled
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, cast
 
 from tokenizers import Tokenizer
@@ -34,6 +35,11 @@ class TextTokenizer:
             )
         self.tokenizer = tokenizer
         self._continuation = _without_word_mark(tokenizer.backend_tokenizer)
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything that turns text into tokens."""
+        return blake2b(self.tokenizer.backend_tokenizer.to_str().encode(), digest_size=20).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; nothing is added, and the names of special tokens are ordinary text."""

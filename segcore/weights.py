@@ -12,13 +12,14 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from segcore.config import EngineConfig
 from segcore.errors import ConfigError, NotFound, UnsupportedModel
 from segcore.model import CausalLM
 from segcore.presets import DEFAULT_MODEL, cache_directory
@@ -40,6 +41,10 @@ class LoadedModel:
     tokenizer: TextTokenizer
     chat: ChatFormat
     end_tokens: frozenset[int]
+
+    def identified(self, config: EngineConfig) -> EngineConfig:
+        """The configuration with this model's identity, which past KV that leaves the process must bear."""
+        return replace(config, model=self.name, tokenizer=self.tokenizer.digest)
 
 
 def load_model(name: str = DEFAULT_MODEL, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segcore.errors import SegcoreError
+from segcore.presets import DEFAULT_MODEL
 from segcore.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -62,7 +63,39 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=int)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before it; repeatable")
     ask.set_defaults(run=_ask)
+
+    heads = commands.add_parser("heads", help="find the cells of a model that choose what is retrieved")
+    heads.add_argument("model", metavar="MODEL", help="smollm2-135m-instruct, a directory, a .gguf file, or a hub id")
+    heads.add_argument("--output", type=Path, default=Path(), metavar="FOLDER", help="default: the current one")
+    heads.add_argument("--text", type=Path, metavar="FILE", help="to hide facts in; default: Python's own reference")
+    heads.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS", help="default: 1024 2048 4096 7168")
+    heads.add_argument(
+        "--depths", type=float, nargs="+", metavar="0..1", help="of the facts, 0 is oldest; default: eight"
+    )
+    heads.add_argument("--rounds", type=int, help="streams for each length and form of fact; default: 1")
+    heads.add_argument("--seed", type=int, help="default: 0")
+    heads.add_argument("--selectors", type=int, default=2, metavar="K", help="find at most so many; default: 2")
+    heads.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16, ...")
+    heads.set_defaults(run=_heads)
+
+    memory = commands.add_parser("memory", help="what a model's state takes, by formula; checked against an engine")
+    memory.add_argument(
+        "model", metavar="MODEL", nargs="?", default=DEFAULT_MODEL, help="as for serve, or llama-3.1-8b"
+    )
+    memory.add_argument("--dtype", help="auto (default), float32, bfloat16, ...")
+    memory.add_argument("--segment", metavar="KEY=VALUE,...", help="policy=NAME and its options")
+    memory.add_argument("--sessions", type=_positive, default=1, metavar="N")
+    memory.add_argument("--tokens", type=_positive, default=1_000_000, metavar="N", help="of each session")
+    memory.add_argument("--no-check", action="store_true", help="formulas alone: nothing is run or measured")
+    memory.set_defaults(run=_memory)
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
 
 
 def _add_service_options(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +137,24 @@ def _ask(options: argparse.Namespace) -> int:
         client = stack.enter_context(Client(address))
         ask(client, source, size, options.questions, params, options.figures)
     return 0
+
+
+def _heads(options: argparse.Namespace) -> int:
+    from segcore.heads.probes import ProbeConfig
+    from services.heads import find
+
+    names = ("lengths", "depths", "rounds", "seed")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    find(options.model, options.output, options.text, ProbeConfig(**(given | lists)), options.selectors, options.dtype)
+    return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from services.memory import memory
+
+    wanted = {"sessions": options.sessions, "tokens": options.tokens, "check": not options.no_check}
+    return memory(options.model, options.dtype, options.segment, **wanted)
 
 
 def _config(options: argparse.Namespace, **given: int | None) -> ServeConfig:

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from segcore.config import Cell, SegmentConfig
+from segcore.config import Cell, LtriConfig, SegmentedConfig
 from segcore.model import CausalLM
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
 
@@ -56,19 +56,40 @@ def tiny_model(family: str = "llama", *, kv_heads: int = 2, dtype: torch.dtype =
     return made.to(dtype).eval()
 
 
-def tiny_segment(**changes: object) -> SegmentConfig:
-    """A segment of 16 tokens, small enough that a short stream crosses many boundaries."""
-    values: dict[str, object] = {
-        "segment_tokens": 16,
-        "sink_tokens": 2,
-        "tail_tokens": 8,
-        "reader_tail_tokens": 4,
-        "retrieved_tokens": 8,
-        "block_tokens": 2,
-        "query_window_tokens": 6,
-        "selectors": (Cell(0, 1), Cell(1, 0)),
-    }
-    return SegmentConfig(**(values | changes))  # type: ignore[arg-type]
+SEGMENT = {
+    "segment_tokens": 16,
+    "sink_tokens": 2,
+    "tail_tokens": 8,
+    "reader_tail_tokens": 4,
+    "retrieved_tokens": 8,
+    "block_tokens": 2,
+    "query_window_tokens": 6,
+    "selectors": (Cell(0, 1), Cell(1, 0)),
+}
+
+
+def tiny_segment(**changes: object) -> SegmentedConfig:
+    """Policy `segmented` with a segment of 16 tokens, small enough that a short stream crosses many boundaries."""
+    return SegmentedConfig(**(SEGMENT | changes))  # type: ignore[arg-type]
+
+
+SPANS = {
+    "segment_tokens": 16,
+    "sink_tokens": 2,
+    "reader_tail_tokens": 4,
+    "retrieved_tokens": 8,
+    "query_window_tokens": 6,
+    "selectors": (Cell(1, 0), Cell(1, 1)),
+    "local_tokens": 16,
+    "span_min_tokens": 2,
+    "span_max_tokens": 4,
+    "vote_tokens": 2,
+}
+
+
+def tiny_spans(**changes: object) -> LtriConfig:
+    """Policy `ltri` with a segment of 16 tokens, cut into spans of 2 to 4."""
+    return LtriConfig(**(SPANS | changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session", autouse=True)

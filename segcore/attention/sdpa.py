@@ -35,3 +35,8 @@ def _causal_mask(tokens: int, keys: int, dtype: torch.dtype, device: torch.devic
     """[T, N], to be added to the scores: 0 where a query may look, else minus infinity."""
     with torch.inference_mode(False):  # an inference tensor couldn't serve a later training pass
         return torch.full((tokens, keys), -torch.inf, dtype=dtype, device=device).triu(keys - tokens + 1)
+
+
+def forget_masks() -> None:
+    """Let go of the masks of the latest passes; the next ones make their own."""
+    _causal_mask.cache_clear()

@@ -8,33 +8,38 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from segcore.config import EngineConfig
-from segcore.engine.request import Flush, Generation, Mark, Session
+from segcore.engine.request import Flush, Generation, Mark, Session, Step
 from segcore.engine.runner import Runner
-from segcore.engine.sampler import sample
-from segcore.engine.scheduler import Scheduler, step_tokens
+from segcore.engine.scheduler import Scheduler
+from segcore.engine.snapshot import Snapshot, pack, unpack
+from segcore.engine.steps import Steps
 from segcore.errors import (
     AlreadyExists,
+    BlockMismatch,
     Busy,
     Cancelled,
     FailedPrecondition,
+    InvalidRequest,
     LimitExceeded,
     NotFound,
-    SegcoreError,
-    SessionFailed,
+    PastKVError,
 )
+from segcore.fingerprint import Fingerprint, segment_json, weights_digest
 from segcore.memory import engine_bytes
 from segcore.model import CausalLM
 from segcore.pastkv.base import PastLayout
 from segcore.pastkv.manager import PastKVManager
-from segcore.sampling import FinishReason
+from segcore.pastkv.session import SessionPast
+from segcore.state import State
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +56,12 @@ class SessionStats:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """Memory of the engine apart from past KV, and past KV by tier; bytes."""
+    """Memory of the engine apart from past KV, and past KV by tier, in bytes; what went wrong in tiers, by kind."""
 
     sessions: int
     engine_bytes: int
-    past_host_bytes: int
-    past_disk_bytes: int
+    past_bytes: dict[str, int]
+    faults: dict[str, int]
 
 
 class Engine:
@@ -65,44 +70,56 @@ class Engine:
     def __init__(self, model: CausalLM, config: EngineConfig) -> None:
         self.config, self.spec = config, model.spec
         self._runner = Runner(model, config.segment)
-        self._past = PastKVManager(config.cache)
+        self.fingerprint = Fingerprint(
+            model=config.model,
+            weights=weights_digest(model.model),
+            tokenizer=config.tokenizer,
+            adapter=config.adapter,
+            dtype=str(model.spec.dtype),
+            segment=segment_json(config.segment),
+        )
+        self._past = PastKVManager(config.cache, self.fingerprint, model.spec.device)
         self._scheduler = Scheduler(config)
         self._sessions: dict[str, Session] = {}
-        # Guards the fields above and every session's queue. The thread holds it to pick and to record a step, not
-        # while the model runs; the session that is being stepped is `_stepping`.
+        self._blank = pack(self._runner.begin(), torch.device("cpu"))
+        # Guards the fields above and what other threads see of a session. The thread holds it to pick a turn, not
+        # while the model runs; the sessions whose turn it is are `_stepping`.
         self._changed = threading.Condition()
-        self._stepping: Session | None = None
+        self._steps = Steps(self._runner, config, self.max_stream_tokens, self._changed)
+        self._stepping: list[Session] = []
         self._running = True
         self._thread = threading.Thread(target=self._loop, name="segcore-engine", daemon=True)
         self._thread.start()
 
-    def open(self, session_id: str) -> None:
-        """Begin an empty stream. Raises AlreadyExists, and Busy when `max_sessions` are open."""
+    def open(self, session_id: str, *, tenant: str = "") -> None:
+        """Begin an empty stream. Streams of one tenant that begin alike share past KV; those of others never do.
+
+        Raises AlreadyExists, and Busy when `max_sessions` are open.
+        """
         with self._changed:
-            if session_id in self._sessions:
-                raise AlreadyExists(f"session {session_id!r} already exists; choose another id")
-            if len(self._sessions) >= self.config.max_sessions:
-                raise Busy(f"all {self.config.max_sessions} sessions are in use; delete one or try later")
-            past = self._past.open_stream(self._runner.policy.layout)
-            session = Session(session_id, self._runner.begin(), past)
-            self._sessions[session_id] = session
-            self._scheduler.add(session)
+            self._add(session_id, tenant, self._past.open_stream(self._runner.policy.layout, tenant), self._blank)
 
     def close(self, session_id: str) -> None:
-        """End a stream and free all it holds. Work under way is cancelled. Raises NotFound."""
+        """End a stream and let go of all it holds. Work under way is cancelled. Raises NotFound."""
         with self._changed:
             session = self._find(session_id)
-            self._fail(session, Cancelled(f"session {session_id!r} was deleted"))
-            self._changed.wait_for(lambda: self._stepping is not session)
-            del self._sessions[session_id]
-            self._scheduler.remove(session)
-            session.past.drop()
+            self._steps.fail(session, Cancelled(f"session {session_id!r} was deleted"))
+            self._changed.wait_for(lambda: session not in self._stepping)
+            if self._sessions.pop(session_id, None) is not None:  # another thread may have been first
+                self._scheduler.remove(session)
+                session.past.truncate(0)
 
     def append(self, session_id: str, tokens: Sequence[int]) -> None:
         """Add tokens at the stream's end; they run as soon as they fill a chunk, or at the next control.
 
-        Raises LimitExceeded beyond the longest allowed stream; then none is added.
+        Raises LimitExceeded beyond the longest allowed stream, and InvalidRequest for a token that the model doesn't
+        have; then none is added.
         """
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self.spec.vocabulary:
+            raise InvalidRequest(
+                f"tokens must lie between 0 and {self.spec.vocabulary - 1}, the model's vocabulary, not"
+                f" {min(tokens)} to {max(tokens)}"
+            )
         with self._changed:
             session = self._usable(session_id)
             limit = self.max_stream_tokens
@@ -125,7 +142,7 @@ class Engine:
         with self._changed:
             session, future = self._usable(session_id), Future[None]()
             session.waiting_for_room.append(future)
-            self._release_waiting(session)
+            self._steps.release_waiting(session)
             return future
 
     def flush(self, session_id: str) -> Future[None]:
@@ -146,6 +163,60 @@ class Engine:
         """End an answer after the token being computed; it finishes as "aborted"."""
         generation.aborted = True
 
+    def fork(self, session_id: str, new_id: str) -> None:
+        """A second stream that continues from where this one stands; past KV is shared, not copied.
+
+        An answer under way isn't continued in the fork. Raises NotFound, SessionFailed, AlreadyExists, Busy.
+        """
+        with self._changed:
+            session = self._at_rest(session_id)
+            self._check_new(new_id)
+            self._adopt(new_id, session.tenant, self._snapshot(session), session.past.fork())
+
+    def snapshot(self, session_id: str) -> bytes:
+        """The session as bytes, for `restore` here or in another process. Blocks of past KV aren't in it: they are
+        found by their keys, or made again from the tokens. An answer under way isn't continued."""
+        with self._changed:
+            return self._snapshot(self._at_rest(session_id)).to_bytes(self.fingerprint)
+
+    def restore(self, session_id: str, data: bytes, *, tenant: str = "") -> None:
+        """Open a session that continues a snapshot, as if it had never stopped.
+
+        Raises BlockMismatch if it was taken of another model, configuration or tenant, BlockDamaged if its tokens are
+        damaged; whatever else is damaged or missing is made again from them.
+        """
+        snapshot = Snapshot.from_bytes(data, self.fingerprint)
+        with self._changed:
+            self._check_new(session_id)
+            past = self._past.open_stream(self._runner.policy.layout, tenant)
+            if past.root != snapshot.root:
+                raise BlockMismatch("the snapshot is another tenant's", fields="tenant")
+            past.journal = snapshot.journal
+            self._adopt(session_id, tenant, snapshot, past)
+
+    def rewind(self, session_id: str, tokens: int) -> None:
+        """Go back to where the stream had `tokens` tokens, the end of a closed segment or 0; forget what came after.
+
+        Raises InvalidRequest for a position that isn't such an end, FailedPrecondition while the session answers.
+        """
+        with self._changed:
+            session = self._at_rest(session_id)
+            if any(isinstance(control, Generation) for _, control in session.controls):
+                raise FailedPrecondition(f"session {session_id!r} is answering; wait for the answer's end")
+            size, closed = self.config.segment.segment_tokens, session.state.closed
+            if tokens % size or not 0 <= tokens <= closed:
+                raise InvalidRequest(
+                    f"a stream can go back to the end of a closed segment: a multiple of {size} up to {closed}, not"
+                    f" {tokens}"
+                )
+            session.past.journal.truncate(tokens)
+            session.appended = tokens
+            session.pending.clear()
+            session.controls.clear()
+            with torch.inference_mode():
+                state, session.logits_V = self._steps.resume(session, tokens // size)
+            self._place(session, state)
+
     @property
     def past_layout(self) -> PastLayout | None:
         """What a closed segment leaves in past KV; None: nothing."""
@@ -162,19 +233,40 @@ class Engine:
             return SessionStats(
                 tokens=session.state.length,
                 segments=session.state.length // self.config.segment.segment_tokens,
-                pending_tokens=len(session.pending),
+                pending_tokens=session.appended - session.state.length,
                 state_bytes=session.state.nbytes,
             )
 
     def stats(self) -> EngineStats:
         with self._changed:
-            past = self._past.host_bytes
+            past = self._past.used_bytes
             return EngineStats(
                 sessions=len(self._sessions),
                 engine_bytes=engine_bytes(self.spec.device, past),
-                past_host_bytes=past,
-                past_disk_bytes=self._past.disk_bytes,
+                past_bytes=past,
+                faults=dict(self._past.faults),
             )
+
+    def check_integrity(self, timeout_s: float = 60) -> None:
+        """Wait until the engine is idle, then raise AssertionError if anything was lost or kept that shouldn't be."""
+        with self._changed:
+            idle = self._changed.wait_for(
+                lambda: not self._stepping and self._scheduler.next()[0] is Step.IDLE, timeout_s
+            )
+            assert idle, f"still at work after {timeout_s} s"
+            held: Counter[str] = Counter()
+            for session in self._sessions.values():
+                held.update(session.past.keys)
+                assert session.failure is not None or session.replayed_event is None, "an idle session lags behind"
+                assert (
+                    self._runner.policy.layout is None
+                    or session.failure
+                    or (session.past.segments * self.config.segment.segment_tokens == session.state.closed)
+                ), "blocks don't match the state"
+            assert held == self._past.keys_in_use, "blocks and their users don't match"
+            assert set(self._scheduler.slots) <= set(self._sessions), "a slot without a session"
+            assert len(self._scheduler.slots) <= self.config.slots, "more slots than there are"
+            self._past.check_integrity()
 
     def shutdown(self) -> None:
         """Cancel all work, end the thread, release past KV. Idempotent."""
@@ -186,6 +278,62 @@ class Engine:
             self.close(session_id)
         self._past.close()
 
+    def _check_new(self, session_id: str) -> None:
+        if session_id in self._sessions:
+            raise AlreadyExists(f"session {session_id!r} already exists; choose another id")
+        if len(self._sessions) >= self.config.max_sessions:
+            raise Busy(f"all {self.config.max_sessions} sessions are in use; delete one or try later")
+
+    def _add(self, session_id: str, tenant: str, past: SessionPast, parked: dict[str, Tensor]) -> Session:
+        self._check_new(session_id)
+        session = Session(session_id, past, State([]), tenant=tenant, parked=parked)
+        self._sessions[session_id] = session
+        self._scheduler.add(session)
+        return session
+
+    def _snapshot(self, session: Session) -> Snapshot:
+        tensors = session.parked or pack(session.state, torch.device("cpu"))
+        if session.logits_V is not None:
+            tensors = tensors | {"logits": session.logits_V.cpu()}
+        marks = tuple(position for position, control in session.controls if isinstance(control, Mark))
+        past = session.past
+        return Snapshot(past.root, past.journal.copy(), past.keys, session.pending.copy(), marks, tensors)
+
+    def _adopt(self, session_id: str, tenant: str, snapshot: Snapshot, past: SessionPast) -> None:
+        """A new session that continues a snapshot."""
+        session = self._add(session_id, tenant, past, self._blank)
+        session.pending = snapshot.pending
+        session.appended = len(past.journal.tokens) + len(session.pending)
+        session.controls.extend((position, Mark()) for position in snapshot.marks)
+        with torch.inference_mode():
+            whole = self._regain(past, snapshot.keys) and snapshot.tensors is not None
+            if whole:
+                assert snapshot.tensors is not None
+                logits = snapshot.tensors.get("logits")
+                session.logits_V = None if logits is None else logits.to(self.spec.device)
+                state = unpack(snapshot.tensors, self._runner.policy)
+            else:
+                state, session.logits_V = self._steps.resume(session, past.segments)
+        self._place(session, state)
+        self._changed.notify_all()
+
+    def _regain(self, past: SessionPast, keys: Sequence[str]) -> bool:
+        """Take up a past's blocks again, as far as they are there without a gap; whether all are."""
+        for key in keys[past.segments :]:
+            try:
+                past.adopt(key)
+            except PastKVError as error:
+                log.warning("%s; running its tokens again", error.message)
+                return False
+        return True
+
+    def _place(self, session: Session, state: State) -> None:
+        """Give a session a new state; it takes a slot when it has work."""
+        session.state = state
+        session.parked = None
+        if session.id not in self._scheduler.slots:
+            self._steps.park(session)
+
     def _find(self, session_id: str) -> Session:
         if session_id not in self._sessions:
             raise NotFound(f"session {session_id!r} doesn't exist here; create it first", session=session_id)
@@ -196,6 +344,12 @@ class Engine:
         if session.failure is not None:
             raise session.failure
         return session
+
+    def _at_rest(self, session_id: str) -> Session:
+        """A usable session that isn't being stepped, and won't be while the lock is held."""
+        session = self._usable(session_id)
+        self._changed.wait_for(lambda: session not in self._stepping)
+        return self._usable(session_id)
 
     def _control(self, session_id: str, control: Flush | Mark | Generation) -> None:
         with self._changed:
@@ -209,110 +363,27 @@ class Engine:
 
     def _loop(self) -> None:
         with torch.inference_mode():
-            while True:
-                with self._changed:
-                    self._stepping = None
-                    self._changed.notify_all()
-                    session = self._scheduler.next()
-                    while self._running and session is None:
-                        self._changed.wait()
-                        session = self._scheduler.next()
-                    if not self._running or session is None:
-                        return
-                    self._stepping = session
-                try:
-                    self._step(session)
-                except SegcoreError as error:
-                    self._fail_step(session, error)
-                except Exception:
-                    log.exception("session %s failed", session.id)
-                    self._fail_step(session, SegcoreError("an internal error; the service's log has it"))
+            while self._take_turn():
+                pass
 
-    def _step(self, session: Session) -> None:
-        """One forward pass, or one control."""
-        control = session.due_control
-        if control is None:
-            self._prefill(session)
-        elif isinstance(control, Generation):
-            self._decode(session, control)
-        else:
-            if isinstance(control, Mark):
-                self._runner.mark(session.state, session.past)
-            with self._changed:
-                if session.failure is None:
-                    session.controls.popleft()
-            if isinstance(control, Flush):
-                _settle(control.done, None)
+    def _take_turn(self) -> bool:
+        """One turn, once there is one; False when the engine ends. Nothing of it is held while the next is awaited."""
+        turn = self._next_turn()
+        if turn is not None:
+            self._steps.run(*turn)
+        return turn is not None
 
-    def _prefill(self, session: Session) -> None:
+    def _next_turn(self) -> tuple[Step, list[Session]] | None:
+        """The next turn, once there is one; None when the engine ends."""
         with self._changed:
-            if session.failure is not None:
-                return
-            tokens = [session.pending.popleft() for _ in range(step_tokens(session, self.config))]
-        self._advance(session, tokens)
-        with self._changed:
-            self._release_waiting(session)
-
-    def _decode(self, session: Session, generation: Generation) -> None:
-        """Sample a token, and run it unless it ends the answer; then it waits as the stream's next token."""
-        assert session.logits_V is not None
-        if generation.aborted:
-            self._finish(session, generation, "aborted")
-            return
-        token = sample(session.logits_V, generation.params, generation.tokens)
-        generation.tokens += 1
-        stop = generation.on_token(token)
-        full = session.appended + 1 >= self.max_stream_tokens
-        with self._changed:
-            session.appended += 1
-            if stop or full or generation.tokens == generation.params.max_tokens:
-                session.pending.append(token)
-                self._finish(session, generation, "stop" if stop else "length")
-                return
-        self._advance(session, [token])
-        with self._changed:
-            if session.controls:
-                session.controls[0] = (session.state.length, generation)
-
-    def _finish(self, session: Session, generation: Generation, reason: FinishReason) -> None:
-        with self._changed:
-            if session.controls:
-                session.controls.popleft()
-        _settle(generation.done, reason)
-
-    def _advance(self, session: Session, tokens: list[int]) -> None:
-        logits_1V = self._runner.advance(torch.tensor(tokens), session.state, session.past)
-        session.logits_V = logits_1V[-1]
-
-    def _release_waiting(self, session: Session) -> None:
-        if len(session.pending) <= self.config.max_pending_tokens:
-            for future in session.waiting_for_room:
-                _settle(future, None)
-            session.waiting_for_room.clear()
-
-    def _fail_step(self, session: Session, error: SegcoreError) -> None:
-        with self._changed:
-            failure = SessionFailed(f"session {session.id!r} ended: {error.message}", **error.details)
-            self._fail(session, failure, first=error)
-
-    def _fail(self, session: Session, failure: SegcoreError, first: SegcoreError | None = None) -> None:
-        """End a session's work: whoever waits on it gets `first`, later calls `failure`. The lock is held."""
-        session.failure = failure
-        waiting: list[Future[Any]] = list(session.waiting_for_room)
-        waiting += [control.done for _, control in session.controls if not isinstance(control, Mark)]
-        session.waiting_for_room.clear()
-        session.controls.clear()
-        session.pending.clear()
-        for future in waiting:
-            _settle(future, first or failure)
-
-
-def _settle(future: Future[Any], outcome: FinishReason | SegcoreError | None) -> None:
-    """Finish a future that its waiter may have cancelled meanwhile."""
-    try:
-        if isinstance(outcome, SegcoreError):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-    except InvalidStateError:
-        pass
+            self._stepping = []
+            self._changed.notify_all()
+            while self._running:
+                step, sessions = self._scheduler.next()
+                for session in self._scheduler.displaced():
+                    self._steps.park(session)
+                if sessions:
+                    self._stepping = sessions
+                    return step, sessions
+                self._changed.wait()
+            return None

@@ -6,12 +6,15 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from enum import Enum
 
 from torch import Tensor
 
+from segcore.config import EngineConfig
 from segcore.errors import SegcoreError
-from segcore.pastkv.manager import SessionPast
+from segcore.pastkv.session import SessionPast
 from segcore.sampling import FinishReason, SamplingParams
+from segcore.segments import tokens_to_next_cut
 from segcore.state import State
 
 
@@ -38,33 +41,78 @@ class Generation:
     aborted: bool = False
 
 
-@dataclass
+class Step(Enum):
+    """What a session would do next."""
+
+    IDLE = "nothing"
+    CONTROL = "a mark or a flush"
+    PREFILL = "a pass over several tokens"
+    DECODE = "a pass over one token"
+
+
+@dataclass(eq=False)
 class Session:
     """A stream on the engine: its state, and what waits to be run on it.
 
-    Tokens [0, state.length) are done, [state.length, appended) wait in `pending`. A control at position p acts when
-    exactly p tokens are done: it holds back the tokens after it.
+    The journal holds the tokens that were begun; `pending` those after them. A session whose state lags behind its
+    journal replays it. A control at position p acts when exactly p tokens are done: it holds back the tokens after it.
+
+    appended: tokens of the stream, done or not. parked: the state's tensors in host memory, while the session has no
+    slot on the device.
     """
 
     id: str
-    state: State
     past: SessionPast
+    state: State
+    tenant: str = ""
     appended: int = 0
     pending: deque[int] = field(default_factory=deque)
     controls: deque[tuple[int, Flush | Mark | Generation]] = field(default_factory=deque)
     waiting_for_room: list[Future[None]] = field(default_factory=list)
     logits_V: Tensor | None = None
+    parked: dict[str, Tensor] | None = None
     failure: SegcoreError | None = None
+    recoveries: int = 0
+
+    @property
+    def replayed_event(self) -> int | None:
+        """The journal's next event, if the state lags behind it."""
+        return self.past.journal.next_event(self.state)
+
+    @property
+    def due_control(self) -> Flush | Mark | Generation | None:
+        """The control that acts now, if any."""
+        if self.controls and self.replayed_event is None and self.controls[0][0] == self.state.length:
+            return self.controls[0][1]
+        return None
+
+    def next_pass(self, config: EngineConfig) -> int:
+        """How many tokens the next forward pass takes; 0 if it must wait for more, or for a control.
+
+        A pass ends at a cut, or at a control that asks for what is there: both are functions of the stream alone.
+        """
+        event = self.replayed_event
+        if event is not None:
+            return max(event - self.state.length, 0)
+        cut = tokens_to_next_cut(self.state.filled, config.segment, config.chunk_tokens)
+        ready = self.ready_tokens
+        return min(ready, cut) if self.controls else cut if ready >= cut else 0
 
     @property
     def ready_tokens(self) -> int:
         """Pending tokens that no control holds back."""
         limit = self.controls[0][0] if self.controls else self.appended
-        return limit - self.state.length
+        return limit - len(self.past.journal.tokens)
 
-    @property
-    def due_control(self) -> Flush | Mark | Generation | None:
-        """The control that acts now, if any."""
-        if self.controls and self.controls[0][0] == self.state.length:
-            return self.controls[0][1]
-        return None
+    def next_step(self, config: EngineConfig) -> Step:
+        """What would be done next."""
+        if self.failure is not None:
+            return Step.IDLE
+        control = self.due_control
+        if isinstance(control, Generation):
+            return Step.DECODE
+        event = self.replayed_event
+        if control is not None or (event is not None and event < 0):
+            return Step.CONTROL
+        tokens = self.next_pass(config)
+        return Step.IDLE if tokens == 0 else Step.DECODE if tokens == 1 else Step.PREFILL

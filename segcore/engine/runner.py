@@ -1,17 +1,19 @@
 """F, the one operator: (logits, state') = F(tokens of a chunk, state). Training, prefill and decode call this.
 
-Shapes: T tokens, H KV heads, G query heads per KV head, N rows, D head dimension, V vocabulary.
+Shapes: B sequences, T tokens, H KV heads, G query heads per KV head, N rows, D head dimension, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from segcore.attention import ATTENTION
 from segcore.config import Cell, SegmentConfig
-from segcore.model import CausalLM
-from segcore.pastkv.manager import SessionPast
+from segcore.model import Attend, CausalLM
+from segcore.pastkv.session import SessionPast
 from segcore.policies import make_policy
 from segcore.segments import is_refresh_point
 from segcore.state import State, Window
@@ -24,14 +26,11 @@ class Runner:
         self.model, self.config = model, config
         self.policy = make_policy(config, model.spec, model.rope)
         self._attention = ATTENTION["sdpa"]
-        self._selector = {cell: i for i, cell in enumerate(self.policy.watched)}
+        self._watched = {cell: i for i, cell in enumerate(self.policy.watched)}
 
     def begin(self) -> State:
         """The state before a stream's first token."""
-        spec, state = self.model.spec, self.policy.begin()
-        no_queries = torch.empty((spec.queries_per_kv_head, 0, spec.head_dim), dtype=spec.dtype, device=spec.device)
-        state.queries = [no_queries] * len(self._selector)
-        return state
+        return self.policy.begin()
 
     def advance(self, tokens_T: Tensor, state: State, past: SessionPast, *, all_logits: bool = False) -> Tensor:
         """F. Updates `state` and `past`; returns the logits of the last token, [1, V], or of all, [T, V].
@@ -39,47 +38,89 @@ class Runner:
         The chunk lies inside one segment and crosses no refresh point (`segments.tokens_to_next_cut`). A segment that
         it fills is closed, and a refresh point that it reaches is taken, before this returns.
         """
-        assert 0 < len(tokens_T) <= self.config.segment_tokens - state.filled
+        logits = self.forward(tokens_T[None], [state], [past], all_logits=all_logits)[0]
+        self.arrive(state, past, len(tokens_T), logits[-1])
+        return logits
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        states: Sequence[State],
+        pasts: Sequence[SessionPast],
+        *,
+        width: int = 1,
+        all_logits: bool = False,
+    ) -> Tensor:
+        """The pass itself, for several streams, each as if alone; [B, 1, V] or [B, T, V]. `arrive` must follow.
+
+        width: the batch is padded to this many sequences. With one width for all passes of a kind, a stream's values
+        don't depend on its company, to the last bit: matrix products of one shape treat their rows alike.
+        """
+        batch, tokens = tokens_BT.shape
+        for row, state, past in zip(tokens_BT.tolist(), states, pasts, strict=True):
+            assert 0 < tokens <= self.config.segment_tokens - state.filled
+            past.journal.begin_pass(state, row)
+            end = state.filled + tokens
+            if end == self.config.segment_tokens or is_refresh_point(end, self.config):
+                self.policy.prefetch(state, past)
+        padded = torch.nn.functional.pad(tokens_BT, (0, 0, 0, max(width - batch, 0)))
+        attends = [self._attend(state) for state in states]
+        return self.model.batch(padded.to(self.model.spec.device), attends, all_logits=all_logits)[:batch]
+
+    def arrive(self, state: State, past: SessionPast, tokens: int, logits_V: Tensor) -> None:
+        """A pass over `tokens` is done: take the close or the refresh point that it reached.
+
+        Raises PastKVError; then the state is of no use, and the journal says how to make it again.
+        """
+        state.length += tokens
+        state.filled += tokens
+        if state.filled == self.config.segment_tokens:
+            self.policy.close(state, past)
+            if self.policy.layout is not None:
+                past.complete(self.policy.boundary(state) | {"logits": logits_V})
+        elif is_refresh_point(state.filled, self.config):
+            self.policy.refresh(state, past)
+
+    def mark(self, state: State, past: SessionPast) -> None:
+        """An end of turn at the stream's end: a refresh point that doesn't close the segment (design, section 6)."""
+        past.journal.begin_mark(state)
+        self.policy.refresh(state, past)
+
+    def resume(self, boundary: dict[str, Tensor], past: SessionPast) -> tuple[State, Tensor]:
+        """The state after the last close of `past`, and the logits of its last token, [V]."""
+        state = self.policy.resume(boundary, past)
+        state.length = past.segments * self.config.segment_tokens
+        state.events = past.journal.events_until(state.length)
+        return state, boundary["logits"].to(self.model.spec.device)
+
+    def _attend(self, state: State) -> Attend:
+        """One stream's attention."""
 
         def attend(layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
             self._watch(state, layer, q_HGTD)
             windows = state.layers[layer]
             if len(windows) == 1:
-                return self._attend(windows[0], state.filled, q_HGTD, k_HTD, v_HTD, scale)
+                return self._see(windows[0], state.filled, q_HGTD, k_HTD, v_HTD, scale)
             out = torch.empty_like(q_HGTD)
             for w in windows:
                 heads = list(w.heads)
-                out[heads] = self._attend(w, state.filled, q_HGTD[heads], k_HTD[heads], v_HTD[heads], scale)
+                out[heads] = self._see(w, state.filled, q_HGTD[heads], k_HTD[heads], v_HTD[heads], scale)
             return out
 
-        logits = self.model(tokens_T.to(self.model.spec.device), attend, all_logits=all_logits)
-        state.length += len(tokens_T)
-        state.filled += len(tokens_T)
-        if state.filled == self.config.segment_tokens:
-            self.policy.close(state, past)
-        elif is_refresh_point(state.filled, self.config):
-            self.policy.refresh(state, past)
-        return logits
+        return attend
 
-    def mark(self, state: State, past: SessionPast) -> None:
-        """An end of turn at the stream's end: a refresh point that doesn't close the segment (design, section 6)."""
-        self.policy.refresh(state, past)
-
-    def _attend(
-        self, window: Window, filled: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float
-    ) -> Tensor:
+    def _see(self, window: Window, filled: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
         """Append the chunk to the window, then let its queries see the prefix and the segment so far."""
         row = window.base + filled
-        stop = row + k_HTD.shape[1]
-        rotated_q, rotated_k = self.model.rope(q_HGTD.flatten(0, 1), k_HTD, row)
+        rotated_q, rotated_k = self.model.rope(q_HGTD.flatten(0, 1), k_HTD, window.position + filled)
         window.write(row, k_HTD, rotated_k, v_HTD)
-        seen = slice(window.start, stop)
+        seen = slice(window.start, row + k_HTD.shape[1])
         return self._attention(rotated_q.view_as(q_HGTD), window.rotated_HND[:, seen], window.v_HND[:, seen], scale)
 
     def _watch(self, state: State, layer: int, q_HGTD: Tensor) -> None:
-        """Keep the selectors' latest unrotated queries."""
+        """Keep the latest unrotated queries of the watched cells."""
         for head in range(q_HGTD.shape[0]):
-            i = self._selector.get(Cell(layer, head))
+            i = self._watched.get(Cell(layer, head))
             if i is not None:
                 latest = torch.cat([state.queries[i], q_HGTD[head]], dim=1)
-                state.queries[i] = latest[:, -self.config.query_window_tokens :].clone()
+                state.queries[i] = latest[:, -self.policy.watched_tokens :].clone()

@@ -1,123 +1,470 @@
-"""Past KV of all streams of an engine: write-through to disk, a budget in host memory, rows gathered by position."""
+"""Past KV of all streams of an engine: blocks shared between streams, written through to slower tiers, found again.
+
+A block is prepared in host memory when its segment closes, and complete once the state after it is known; then a
+thread of its own writes it to the slower tiers. Host memory lets go only of blocks that are held there, or that no
+stream uses any more. Rows that are read from slower tiers, or prefetched from there by threads of their own, stay in
+host memory for a while.
+
+One lock guards the books; it is never held while a slower tier works.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+import logging
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from segcore.config import CacheConfig
-from segcore.errors import StorageFull
-from segcore.pastkv.base import BlockKey, PastLayout
-from segcore.pastkv.disk import DiskTier
-from segcore.pastkv.host import HostTier
+from segcore.errors import BlockDamaged, BlockMismatch, BlockMissing, ConfigError, PastKVError, StorageFull
+from segcore.fingerprint import Fingerprint
+from segcore.pastkv.base import Block, BlockHead, PastLayout, Tier, nbytes
+from segcore.pastkv.directory import LocalDisk, SharedDirectory
+from segcore.pastkv.format import BlockFormat
+from segcore.pastkv.guard import Guard
+from segcore.pastkv.journal import root_key
+from segcore.pastkv.memory import MemoryTier, RowCache, Rows
+from segcore.pastkv.redis import RedisTier
+from segcore.pastkv.session import SessionPast
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# The share of host memory that rows of blocks in slower tiers may take.
+ROWS_SHARE = 8
+# Blocks that are prefetched at once.
+READERS = 4
+
+
+@dataclass
+class _Use:
+    """Who needs a block. index: what their choices search, one copy for all. streams: how many they are.
+
+    held: the slower tiers that have the block, as far as known.
+    """
+
+    index: dict[str, Tensor] = field(repr=False)
+    streams: int = 0
+    held: set[str] = field(default_factory=set)
 
 
 class PastKVManager:
-    """The tiers, shared by the streams of an engine. Every block is on disk, if there is one, before it is readable."""
+    """The tiers, shared by the streams of an engine. Methods may be called from any thread."""
 
-    def __init__(self, config: CacheConfig) -> None:
-        self._budget_bytes = config.host_bytes
-        self._host = HostTier()
-        self._disk = None if config.directory is None else DiskTier(config.directory, config.disk_bytes)
-        self._index_bytes = 0
-        self._streams = itertools.count()
+    def __init__(
+        self,
+        config: CacheConfig,
+        fingerprint: Fingerprint | None = None,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    ) -> None:
+        self.device, self._config, self._fingerprint = device, config, fingerprint or Fingerprint()
+        blocks = BlockFormat(self._fingerprint)
+        self._device = MemoryTier("device", config.device_bytes, device) if config.device_bytes else None
+        self._host = MemoryTier("host", config.host_bytes, torch.device("cpu"))
+        self._disk = None if config.directory is None else LocalDisk(config.directory, blocks, config.disk_bytes)
+        self._shared = _shared_tier(config, self._fingerprint, blocks)
+        self._slower: list[Tier] = [tier for tier in (self._disk, self._shared) if tier is not None]
+        self._memory = [tier for tier in (self._device, self._host) if tier is not None]
+        self._rows = RowCache(config.host_bytes // ROWS_SHARE if self._slower else 0)
+        self._guard = Guard()
+        self._lock = threading.RLock()
+        self._uses: dict[str, _Use] = {}
+        self._pasts: weakref.WeakSet[SessionPast] = weakref.WeakSet()
+        self._reserved_bytes = 0
+        self._writing: dict[str, Future[None]] = {}
+        self._reading: dict[str, Future[None]] = {}
+        self._unwritten: dict[str, None] = {}  # keys whose write failed, the longest ago first
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="segcore-writer")
+        self._reader = ThreadPoolExecutor(READERS, thread_name_prefix="segcore-reader")
+        self._closing = False
+
+    def open_stream(self, layout: PastLayout | None, tenant: str = "") -> SessionPast:
+        """An empty past for a new stream. Streams of different tenants share nothing."""
+        return SessionPast(self, layout, root_key(self._fingerprint.digest, tenant))
 
     @property
     def host_bytes(self) -> int:
-        """Bytes in host memory: blocks and selector keys."""
-        return self._host.used_bytes + self._index_bytes
+        """Bytes in host memory: blocks, rows of others, and what is searched of blocks that are elsewhere."""
+        with self._lock:
+            index_bytes = sum(nbytes(use.index) for key, use in self._uses.items() if not self._host.holds(key))
+            searched_bytes = sum(tensor.nbytes for tensor in self._searched if tensor.is_cpu)
+            return self._host.used_bytes + self._rows.used_bytes + index_bytes + searched_bytes
 
     @property
-    def disk_bytes(self) -> int:
-        return 0 if self._disk is None else self._disk.used_bytes
+    def used_bytes(self) -> dict[str, int]:
+        """Bytes by tier."""
+        tiers = [*self._memory, *self._slower]
+        used = {tier.name: tier.used_bytes for tier in tiers} | {"host": self.host_bytes}
+        with self._lock:
+            searched_bytes = sum(tensor.nbytes for tensor in self._searched if not tensor.is_cpu)
+        if searched_bytes:
+            used["device"] = used.get("device", 0) + searched_bytes
+        return used
 
-    def open_stream(self, layout: PastLayout | None) -> SessionPast:
-        """An empty past for a new stream."""
-        return SessionPast(self, next(self._streams), layout)
+    @property
+    def keys_in_use(self) -> dict[str, int]:
+        """How many streams use each block."""
+        with self._lock:
+            return {key: use.streams for key, use in self._uses.items()}
 
-    def put(self, key: BlockKey, block_SC2D: Tensor, index_bytes: int) -> None:
-        """Store a block, and make room for its selector keys. Raises StorageFull, PastKVError; then nothing is kept."""
-        if self._disk is not None:
-            self._make_room(index_bytes)
-            self._disk.put(key, block_SC2D)
-        else:
-            self._make_room(index_bytes + block_SC2D.nbytes)
-        self._index_bytes += index_bytes
-        self._host.put(key, block_SC2D)
-        if self._disk is not None:
-            self._host.evict_to(self._budget_bytes - self._index_bytes)
+    @property
+    def faults(self) -> Counter[str]:
+        """How often what went wrong in tiers, as "tier.kind"."""
+        return self._guard.faults
 
-    def rows(self, key: BlockKey, rows_n: Tensor) -> Tensor:
-        """Rows of a block from the nearest tier that holds it; see `Tier.rows`."""
-        if self._disk is None or key in self._host:
-            return self._host.rows(key, rows_n)
-        return self._disk.rows(key, rows_n)
+    def follow(self, past: SessionPast) -> None:
+        """Count what a past is searched with as long as the past lives."""
+        with self._lock:
+            self._pasts.add(past)
 
-    def delete(self, keys: Sequence[BlockKey], index_bytes: int) -> None:
-        """Forget blocks in every tier, and their selector keys' bytes."""
-        self._index_bytes -= index_bytes
-        for key in keys:
-            self._host.delete(key)
-            if self._disk is not None:
-                self._disk.delete(key)
+    def fit(self) -> None:
+        """What is searched has grown: make up for it. Raises StorageFull."""
+        with self._room(0):
+            pass
+
+    def prepare(self, block: Block, kept: dict[str, Tensor] | None = None) -> None:
+        """Take a block, for one stream: readable at once. Raises StorageFull; then nothing is kept.
+
+        kept: what stays in memory of its index while it is in use; None: all.
+        """
+        kept = block.index if kept is None else kept
+        with self._lock:
+            if self._host.holds(block.key):
+                self._add_stream(block.key, kept)
+                return
+        with self._room(block.nbytes), self._lock:
+            self._host.put(block)
+            self._add_stream(block.key, kept)
+        if self._device is not None and block.kv_SC2D.nbytes <= self._device.budget_bytes:
+            bulk = Block(block.key, block.kv_SC2D, {}, {})
+            self._guard.attempt_or(None, self._device, lambda tier: tier.put(bulk, tier.keys))
+
+    def complete(self, key: str, boundary: dict[str, Tensor]) -> None:
+        """A prepared block is whole; it goes to the slower tiers in the background. Raises StorageFull."""
+        block = self._host.find(key)
+        if block is None or block.boundary:
+            return  # another stream, or engine, completed it
+        with self._room(nbytes(boundary)), self._lock:
+            block = replace(block, boundary=boundary)
+            self._host.put(block)
+            self._write(block)
+            self._write_again(1)
+
+    def share(self, key: str, index: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One more stream uses a block; returns the copy of its index that they all use. Raises StorageFull."""
+        with self._lock:
+            block = self._host.find(key)
+            if block is not None and block.boundary and key not in self._uses:
+                self._write(block)  # to learn which tiers hold it
+            if block is not None or key in self._uses:
+                return self._add_stream(key, index if block is None or not index else block.index)
+        with self._room(nbytes(index)), self._lock:
+            return self._add_stream(key, index)
+
+    def release(self, key: str) -> None:
+        """One stream less uses a block. It stays for the next that begins the same way, until its room is needed."""
+        with self._lock:
+            use = self._uses[key]
+            use.streams -= 1
+            if use.streams:
+                return
+            del self._uses[key]
+            self._rows.delete(key)
+            block = self._host.find(key)
+            if self._config.reuse and (block is None or block.boundary):
+                return
+            for tier in self._memory:
+                tier.delete(key)
+            writing = self._writing.get(key)
+            if writing is not None and writing.cancel():
+                del self._writing[key]
+        if self._disk is not None and not self._config.reuse:
+            self._disk.delete(key)  # if it is being written, the writer sees to it
+
+    def in_memory(self, key: str) -> bool:
+        """Whether a block's rows can be had without a slower tier."""
+        return any(tier.holds(key) for tier in self._memory)
+
+    def prefetch(self, key: str, rows_n: Tensor) -> None:
+        """Read rows, ascending, of a block that is in slower tiers alone into host memory, in the background."""
+        with self._lock:
+            if self._slower and key not in self._reading and not self.in_memory(key):
+                self._reading[key] = self._reader.submit(self._prefetch, key, rows_n)
+
+    def rows(self, key: str, rows_n: Tensor) -> Tensor:
+        """Rows of a block, in the order asked for, from the nearest tier that gives them whole. Raises PastKVError."""
+        for tier in self._memory:
+            if tier.holds(key):
+                try:
+                    return tier.rows(key, rows_n)
+                except BlockMissing:
+                    continue  # it left meanwhile
+        with self._lock:
+            reading = self._reading.get(key)
+            if reading is not None and reading.cancel():
+                del self._reading[key]
+                reading = None
+        if reading is not None:
+            wait([reading])
+        return self._some_rows(key, torch.unique(rows_n)).take(rows_n)
+
+    def head(self, key: str) -> BlockHead:
+        """Index and boundary of a block, from the nearest tier that gives them whole. Raises PastKVError."""
+        try:
+            return self._host.head(key)
+        except BlockMissing:
+            return self._from_slower(key, lambda tier: tier.head(key))
+
+    def holds(self, key: str) -> bool:
+        """Whether a tier has the block, complete, as far as can be told without reading it."""
+        block = self._host.find(key)
+        if block is not None and block.boundary:
+            return True
+        return any(self._guard.attempt_or(False, tier, lambda t: t.holds(key)) for tier in self._slower)
+
+    def settle(self) -> None:
+        """Wait until everything complete is written, or has failed to be, and what was to be prefetched is read."""
+        with self._lock:
+            pending = [*self._writing.values(), *self._reading.values()]
+        wait(pending)
 
     def close(self) -> None:
-        """Release everything, on disk too."""
-        self._host.evict_to(0)
-        if self._disk is not None:
-            self._disk.close()
+        """Release everything this process holds, on disk too; shared blocks stay."""
+        self._closing = True
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._writer.shutdown(wait=True)
+        for tier in (*self._memory, *self._slower):
+            tier.close()
 
-    def _make_room(self, needed_bytes: int) -> None:
-        unevictable = self._index_bytes if self._disk is not None else self.host_bytes
-        if unevictable + needed_bytes > self._budget_bytes:
-            raise StorageFull(
-                f"past KV needs {needed_bytes} more bytes of host memory, and {unevictable} of {self._budget_bytes}"
-                " are in use; delete sessions, raise host_bytes, or set a directory for the disk tier"
-            )
-
-
-class SessionPast:
-    """The past of one stream: its blocks in order, and its selectors' keys."""
-
-    def __init__(self, manager: PastKVManager, stream: int, layout: PastLayout | None) -> None:
-        self._manager, self._stream, self._layout = manager, stream, layout
-        self._keys: list[Tensor] = []
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the books don't balance."""
+        self.settle()
+        with self._lock:
+            assert all(use.streams > 0 for use in self._uses.values()), "a block without a stream"
+            for tier in self._memory:
+                blocks = [tier.find(key) for key in tier.keys]
+                assert tier.used_bytes == sum(b.nbytes for b in blocks if b is not None), f"{tier.name} bytes"
+                assert tier.used_bytes <= tier.budget_bytes, f"{tier.name} is over its budget"
+            assert set(self._rows.keys) <= set(self._uses), "rows that nobody uses"
+            assert self._reserved_bytes == 0, "room that nobody took"
+            assert self.host_bytes <= self._config.host_bytes, "host memory is over its budget"
+            for key in self._host.keys:
+                block = self._host.find(key)
+                assert key in self._uses or (block is not None and block.boundary), "an incomplete block left behind"
+            if self._disk is not None and self._disk.budget_bytes is not None:
+                assert self._disk.used_bytes <= self._disk.budget_bytes, "disk is over its budget"
 
     @property
-    def segments(self) -> int:
-        return len(self._keys)
+    def _searched(self) -> Iterator[Tensor]:
+        """What selector keys are searched with, each tensor once, though forks share some; the lock is held."""
+        held = (past.search.allocated for past in self._pasts if past.search is not None)
+        return iter({tensor.data_ptr(): tensor for tensors in held for tensor in tensors}.values())
 
-    def append(self, block_SC2D: Tensor, selector_keys_CSD: Tensor) -> None:
-        """Store the segment that just closed. Raises StorageFull, PastKVError."""
-        assert self._layout is not None
-        expected = (self._layout.segment_tokens, self._layout.cells, 2, self._layout.head_dim)
-        assert block_SC2D.shape == expected, (block_SC2D.shape, expected)
-        keys = selector_keys_CSD.detach().cpu().contiguous()
-        self._manager.put(BlockKey(self._stream, self.segments), block_SC2D.detach().cpu(), keys.nbytes)
-        self._keys.append(keys)
+    def _add_stream(self, key: str, index: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The lock is held."""
+        use = self._uses.setdefault(key, _Use(index))
+        use.streams += 1
+        return use.index
 
-    def gather(self, positions_R: Tensor) -> Tensor:
-        """Keys and values of past tokens, [R, C, 2, D] in host memory, in the order of ascending `positions_R`."""
-        assert self._layout is not None
-        positions = positions_R.cpu()
-        segments = positions // self._layout.segment_tokens
-        parts = []
-        for segment in torch.unique(segments).tolist():
-            rows_n = positions[segments == segment] % self._layout.segment_tokens
-            parts.append(self._manager.rows(BlockKey(self._stream, segment), rows_n))
-        if not parts:
-            return torch.empty((0, self._layout.cells, 2, self._layout.head_dim), dtype=self._layout.dtype)
-        return torch.cat(parts)
+    @contextmanager
+    def _room(self, needed_bytes: int) -> Iterator[None]:
+        """Room in host memory, reserved until what needs it is there. Raises StorageFull."""
+        if not self._reserve(needed_bytes):
+            raise StorageFull(
+                f"past KV needs {needed_bytes} more bytes of host memory, and {self.host_bytes} of"
+                f" {self._config.host_bytes} are in use; delete sessions, raise host_bytes, or give the disk tier room"
+            )
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reserved_bytes -= needed_bytes
 
-    def selector_keys(self) -> Iterator[Tensor]:
-        """The selectors' unrotated keys, [selectors, segment_tokens, D] a piece, in stream order."""
-        return iter(self._keys)
+    def _reserve(self, needed_bytes: int, *, patient: bool = True) -> bool:
+        """Set room in host memory apart; whether there was enough.
 
-    def drop(self) -> None:
-        """Forget this past in every tier."""
-        keys = [BlockKey(self._stream, segment) for segment in range(self.segments)]
-        self._manager.delete(keys, sum(k.nbytes for k in self._keys))
-        self._keys = []
+        patient: gives up rows, waits for writes, and tries failed ones once more.
+        """
+        tried_again = False
+        while True:
+            with self._lock:
+                if self.host_bytes + self._reserved_bytes + needed_bytes <= self._config.host_bytes:
+                    self._reserved_bytes += needed_bytes
+                    return True
+                candidates = [key for key in self._host.keys if key not in self._writing]
+                writing = list(self._writing.values())
+            spare = next((key for key in candidates if self._is_spare(key)), None)
+            if spare is not None:
+                with self._lock:
+                    if spare not in self._writing:
+                        self._host.delete(spare)
+            elif not patient:
+                return False
+            elif self._rows.delete_oldest():
+                continue
+            elif writing:
+                wait(writing, return_when="FIRST_COMPLETED")
+            elif tried_again:
+                return False
+            else:
+                with self._lock:
+                    self._write_again(len(self._unwritten))
+                tried_again = True
+
+    def _is_spare(self, key: str) -> bool:
+        """Whether host memory may forget a block: nobody uses it, or it is held elsewhere."""
+        with self._lock:
+            use = self._uses.get(key)
+        return use is None or any(self._still_holds(tier, key, use) for tier in self._slower)
+
+    def _still_holds(self, tier: Tier, key: str, use: _Use) -> bool:
+        """Whether a tier that had a block has it still; one that doesn't answer is believed to."""
+        if tier.name not in use.held:
+            return False
+        if self._guard.attempt_or(True, tier, lambda t: t.holds(key)):
+            return True
+        self._lost(tier, key)
+        return False
+
+    def _lost(self, tier: Tier, key: str) -> None:
+        """A tier doesn't have a block: a fault if it had."""
+        if self._held_no_more(tier, key):
+            self._guard.count(tier, BlockMissing(f"block {key} left the {tier.name} tier"))
+
+    def _held_no_more(self, tier: Tier, key: str) -> bool:
+        """Note that a tier doesn't have a block; whether it was known to."""
+        with self._lock:
+            use = self._uses.get(key)
+            if use is None or tier.name not in use.held:
+                return False
+            use.held.discard(tier.name)
+            self._unwritten[key] = None
+            return True
+
+    def _write(self, block: Block) -> None:
+        """Hand a block to the writer; the lock is held."""
+        if self._slower and block.key not in self._writing:
+            self._writing[block.key] = self._writer.submit(self._write_through, block)
+
+    def _write_again(self, most: int) -> None:
+        """Try once more to write blocks whose write failed, the longest ago first; the lock is held."""
+        for key in list(self._unwritten)[:most]:
+            del self._unwritten[key]
+            block = self._host.find(key)
+            if key in self._uses and block is not None and block.boundary:
+                self._write(block)
+
+    def _write_through(self, block: Block) -> None:
+        """Write a block to all slower tiers. On the writer's thread; raises nothing."""
+        try:
+            for tier in self._slower:
+                if not (self._closing and tier is self._disk):  # it is about to be removed
+                    self._write_to(tier, block)
+        finally:
+            with self._lock:
+                self._writing.pop(block.key, None)
+                unwanted = not self._config.reuse and block.key not in self._uses
+            if unwanted and self._disk is not None:
+                self._disk.delete(block.key)
+
+    def _write_to(self, tier: Tier, block: Block) -> None:
+        try:
+            self._guard.attempt(tier, lambda t: t.put(block, self._spare(t)))
+            written = True
+        except PastKVError:
+            written = False
+        except Exception as error:  # a bug, or memory that ran out: past KV goes on without this copy
+            log.exception("block %s couldn't be written to the %s tier", block.key, tier.name)
+            self._guard.count(tier, error)
+            written = False
+        with self._lock:
+            if block.key in self._uses:
+                if written:
+                    self._uses[block.key].held.add(tier.name)
+                else:
+                    self._unwritten[block.key] = None
+
+    def _spare(self, tier: Tier) -> Iterator[str]:
+        """What a slower tier may forget: what nobody uses, then what a still slower tier holds."""
+        with self._lock:
+            uses = {key: self._uses.get(key) for key in tier.keys}
+        yield from (key for key, use in uses.items() if use is None)
+        below = self._slower[self._slower.index(tier) + 1 :]
+        for key, use in uses.items():
+            if use is not None and any(self._still_holds(other, key, use) for other in below):
+                with self._lock:
+                    use.held.discard(tier.name)
+                yield key
+
+    def _some_rows(self, key: str, wanted_n: Tensor) -> Rows:
+        """At least these rows, ascending; those that aren't in memory are read, and stay there for a while."""
+        have = self._rows.get(key)
+        lacking = wanted_n if have is None else have.lacking(wanted_n)
+        if len(lacking):
+            read = Rows(lacking, self._from_slower(key, lambda tier: tier.rows(key, lacking)))
+            have = read if have is None else have.joined(read)
+            self._keep(key, have)
+        assert have is not None
+        return have
+
+    def _keep(self, key: str, rows: Rows) -> None:
+        """Keep rows in host memory if there is room."""
+        more_bytes = rows.nbytes - self._rows.bytes_of(key)
+        if rows.nbytes <= self._rows.budget_bytes and self._reserve(more_bytes, patient=False):
+            with self._lock:
+                self._reserved_bytes -= more_bytes
+                if key in self._uses and rows.nbytes - self._rows.bytes_of(key) <= more_bytes:
+                    self._rows.put(key, rows)
+
+    def _prefetch(self, key: str, rows_n: Tensor) -> None:
+        """On a reader's thread; raises nothing: whoever needs what couldn't be read will find out."""
+        try:
+            self._some_rows(key, rows_n)
+        except PastKVError as error:
+            log.debug("prefetch: %s", error.message)
+        except Exception:
+            log.exception("block %s couldn't be prefetched", key)
+        finally:
+            with self._lock:
+                self._reading.pop(key, None)
+
+    def _from_slower(self, key: str, read: Callable[[Tier], T]) -> T:
+        """Read a block from the nearest slower tier that gives it whole; damaged ones are deleted."""
+        failure: PastKVError = BlockMissing(f"block {key} isn't held anywhere")
+        for tier in self._slower:
+            try:
+                found = self._guard.attempt(tier, read)
+            except BlockMissing:
+                self._lost(tier, key)
+            except (BlockDamaged, BlockMismatch) as error:
+                log.warning("%s tier: %s", tier.name, error.message)
+                self._guard.attempt_or(None, tier, lambda t: t.delete(key))
+                self._held_no_more(tier, key)
+                failure = error
+            except PastKVError as error:
+                failure = error
+            else:
+                with self._lock:
+                    if key in self._uses:
+                        self._uses[key].held.add(tier.name)
+                return found
+        raise failure
+
+
+def _shared_tier(config: CacheConfig, fingerprint: Fingerprint, blocks: BlockFormat) -> Tier | None:
+    if config.shared is None:
+        return None
+    if config.shared.startswith(("redis://", "rediss://", "unix://")):
+        return RedisTier(config.shared, blocks, config.shared_lifetime_s)
+    if "://" in config.shared:
+        raise ConfigError(f"shared={config.shared!r} must be a folder, or the address of a Redis server (redis://...)")
+    return SharedDirectory(Path(config.shared), fingerprint.digest, blocks, config.shared_bytes)

@@ -1,19 +1,26 @@
 """Policies by name. Each is one small file on the interface of `base`."""
 
+from typing import Any
+
 from segcore.config import SegmentConfig
-from segcore.errors import ConfigError
 from segcore.model import ModelSpec, Rope
 from segcore.policies.base import Policy
+from segcore.policies.duo import DuoPolicy
 from segcore.policies.full import FullPolicy
+from segcore.policies.lagkv import LagKVPolicy
+from segcore.policies.longgen import LongGenPolicy
+from segcore.policies.ltri import LtriPolicy
 from segcore.policies.segmented import SegmentedPolicy
+from segcore.policies.streaming import StreamingPolicy
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (FullPolicy, SegmentedPolicy)}
+POLICIES: dict[str, type[Policy[Any]]] = {
+    policy.name: policy
+    for policy in (FullPolicy, StreamingPolicy, SegmentedPolicy, LongGenPolicy, LagKVPolicy, LtriPolicy, DuoPolicy)
+}
 
 
-def make_policy(config: SegmentConfig, spec: ModelSpec, rope: Rope) -> Policy:
-    """The policy that `config.policy` names; raises ConfigError for an unknown name or cells outside the model."""
-    if config.policy not in POLICIES:
-        raise ConfigError(f"unknown policy {config.policy!r}; known: {', '.join(sorted(POLICIES))}")
+def make_policy(config: SegmentConfig, spec: ModelSpec, rope: Rope) -> Policy[Any]:
+    """The policy that a configuration names; raises ConfigError for cells outside the model."""
     return POLICIES[config.policy](config, spec, rope)
 
 

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from segcore.config import Cell, SegmentConfig
 from segcore.errors import ConfigError
 from segcore.model import ModelSpec, Rope
 from segcore.pastkv.base import PastLayout
-from segcore.pastkv.manager import SessionPast
-from segcore.state import State
+from segcore.pastkv.session import SessionPast
+from segcore.state import State, Window
+
+C = TypeVar("C", bound=SegmentConfig)
 
 
-class Policy(ABC):
-    """A rule of segmented execution. Holds no stream's state, so one serves every session of an engine."""
+class Policy(ABC, Generic[C]):
+    """A rule of segmented execution. Holds no stream's state, so one serves every session of an engine.
+
+    original_positions: a token keeps its position in the stream; else positions are those within prefix and segment.
+    bounded: a session's bytes on the device don't grow with its stream.
+    """
 
     name: ClassVar[str]
+    original_positions: ClassVar[bool] = False
+    bounded: ClassVar[bool] = True
 
-    def __init__(self, config: SegmentConfig, spec: ModelSpec, rope: Rope) -> None:
+    def __init__(self, config: C, spec: ModelSpec, rope: Rope) -> None:
         self.config, self.spec, self.rope = config, spec, rope
         self.like = torch.empty(0, dtype=spec.dtype, device=spec.device)
-        for cell in (*config.selectors, *(config.readers or ())):
-            if not (0 <= cell.layer < spec.layers and 0 <= cell.kv_head < spec.kv_heads):
-                raise ConfigError(
-                    f"cell {tuple(cell)} isn't in the model: {spec.layers} layers of {spec.kv_heads} KV heads"
-                )
 
     @property
     def watched(self) -> tuple[Cell, ...]:
         """Cells whose latest queries F keeps in `State.queries`."""
         return ()
+
+    @property
+    def watched_tokens(self) -> int:
+        """How many of their latest queries."""
+        return 0
 
     @property
     def layout(self) -> PastLayout | None:
@@ -42,16 +52,85 @@ class Policy(ABC):
     @property
     def max_stream_tokens(self) -> int | None:
         """The longest stream that the model's positions allow; None: any."""
-        return None
+        return self.spec.max_positions if self.original_positions else None
 
-    @abstractmethod
     def begin(self) -> State:
         """The state before a stream's first token."""
+        no_queries = self.like.new_empty((self.spec.queries_per_kv_head, 0, self.spec.head_dim))
+        layers = [self.windows(layer) for layer in range(self.spec.layers)]
+        return State(layers, queries=[no_queries] * len(self.watched))
+
+    @abstractmethod
+    def windows(self, layer: int) -> list[Window]:
+        """A layer's empty windows."""
 
     @abstractmethod
     def close(self, state: State, past: SessionPast) -> None:
         """The open segment is full: keep what is kept, choose the next prefix, begin an empty segment. In place."""
 
-    @abstractmethod
     def refresh(self, state: State, past: SessionPast) -> None:
-        """A refresh point inside the open segment: choose the prefix anew. In place."""
+        """A refresh point inside the open segment: choose the prefix anew, if this policy chooses. In place."""
+
+    def prefetch(self, state: State, past: SessionPast) -> None:
+        """A refresh point comes with the next pass: let what it may need be read meanwhile."""
+
+    def boundary(self, state: State) -> dict[str, Tensor]:
+        """What `resume` needs beside past KV to go on after this close. Only asked of policies with a layout."""
+        raise NotImplementedError
+
+    def resume(self, boundary: dict[str, Tensor], past: SessionPast) -> State:
+        """The state after the last close of `past`, from its past KV and `boundary`."""
+        raise NotImplementedError
+
+    def _window(self, heads: Iterable[int], *, prefix: int = 0, position: int = 0) -> Window:
+        segment = self.config.segment_tokens
+        return Window.allocate(
+            tuple(heads), self.like, self.spec.head_dim, segment=segment, prefix=prefix, position=position
+        )
+
+    def _split(self, layer: int, chosen: Iterable[Cell]) -> tuple[list[int], list[int]]:
+        """The KV heads of a layer, ascending: those whose cell is chosen, and the others."""
+        heads, cells = range(self.spec.kv_heads), set(chosen)
+        return [h for h in heads if Cell(layer, h) in cells], [h for h in heads if Cell(layer, h) not in cells]
+
+    def _require_cells(self, cells: Iterable[Cell]) -> None:
+        for cell in cells:
+            if not (0 <= cell.layer < self.spec.layers and 0 <= cell.kv_head < self.spec.kv_heads):
+                raise ConfigError(
+                    f"cell {tuple(cell)} isn't in the model: {self.spec.layers} layers of {self.spec.kv_heads} KV heads"
+                )
+
+    def _require_positions(self, needed: int) -> None:
+        if needed > self.spec.max_positions:
+            raise ConfigError(
+                f"prefix and segment take {needed} positions, and {self.spec.architecture} was trained on"
+                f" {self.spec.max_positions}; lower segment_tokens"
+            )
+
+
+def sinks_and_tail(closed: int, sink_tokens: int, tail_tokens: int) -> tuple[int, int]:
+    """How many sinks and tail tokens a cell holds after `closed` tokens; no token is both."""
+    sinks = min(sink_tokens, closed)
+    return sinks, min(tail_tokens, closed - sinks)
+
+
+def sink_and_tail_rows(window: Window, state: State, sink_tokens: int, tail_tokens: int) -> Tensor:
+    """The rows of a full segment's window that hold the stream's first and last tokens, ascending."""
+    sinks, tail = sinks_and_tail(state.length, sink_tokens, tail_tokens)
+    # In the first segment the sinks stand at its head; later they lead the prefix.
+    sink_row = window.base if state.closed == 0 else window.start
+    tail_row = window.base + state.filled - tail
+    device = window.k_HND.device
+    return torch.cat(
+        [
+            torch.arange(sink_row, sink_row + sinks, device=device),
+            torch.arange(tail_row, tail_row + tail, device=device),
+        ]
+    )
+
+
+def write_prefix(window: Window, rope: Rope, k_HTD: Tensor, v_HTD: Tensor) -> None:
+    """Right-align a prefix before the segment, and rotate its keys to the positions just before it."""
+    rows = k_HTD.shape[1]
+    window.start = window.base - rows
+    window.write(window.start, k_HTD, rope.keys(k_HTD, window.position - rows), v_HTD)

@@ -9,17 +9,22 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig
+from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig, segment_config
 from segcore.errors import ConfigError
+from segcore.heads.report import HeadsReport
 from segcore.presets import DEFAULT_MODEL, cache_directory, segment_preset
 
 
 class ServeConfig(BaseModel):
     """A segcore service.
 
-    segment: fields of SegmentConfig that differ from the model's preset. threads: torch's, None for its own choice.
-    past_directory: where past KV is written through to. window_bytes: what a client may send beyond what is committed;
-    it bounds what waits when the last byte is sent, and so the time to the first token.
+    segment: "policy", and its options that differ from the model's preset or the policy's defaults.
+    heads: a file that `segcore heads` wrote for the model; None: what is shipped for it, if anything.
+    threads: torch's, None for its own choice.
+    past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
+    address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.
+    window_bytes: what a client may send beyond what is committed; it bounds what waits when the last byte is sent, and
+    so the time to the first token.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,6 +34,7 @@ class ServeConfig(BaseModel):
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     segment: dict[str, Any] = {}
+    heads: Path | None = None
     chunk_tokens: int = Field(default=1024, ge=1)
     replicas: int = Field(default=1, ge=1)
     gpus_per_replica: float = Field(default=0, ge=0)
@@ -38,7 +44,10 @@ class ServeConfig(BaseModel):
     past_directory: Path = Field(default_factory=lambda: cache_directory() / "past-kv")
     past_host_bytes: int = Field(default=8 * GIB, ge=0)
     past_disk_bytes: int | None = Field(default=None, ge=0)
-    max_sessions: int = Field(default=16, ge=1)
+    past_shared: str | None = None
+    past_shared_bytes: int | None = Field(default=None, ge=0)
+    slots: int = Field(default=8, ge=1)
+    max_sessions: int = Field(default=64, ge=1)
     max_session_tokens: int = Field(default=10_000_000, ge=1)
     max_document_bytes: int = Field(default=64 * MIB, ge=1)
     max_data_bytes: int = Field(default=1 * MIB, ge=1, le=3 * MIB)
@@ -61,17 +70,25 @@ class ServeConfig(BaseModel):
         return EngineConfig(
             segment=self.segment_config(),
             cache=CacheConfig(
-                host_bytes=self.past_host_bytes, disk_bytes=self.past_disk_bytes, directory=self.past_directory
+                host_bytes=self.past_host_bytes,
+                directory=self.past_directory,
+                disk_bytes=self.past_disk_bytes,
+                shared=self.past_shared,
+                shared_bytes=self.past_shared_bytes,
             ),
             chunk_tokens=self.chunk_tokens,
+            slots=self.slots,
             max_sessions=self.max_sessions,
             max_session_tokens=self.max_session_tokens,
         )
 
     def segment_config(self) -> SegmentConfig:
-        """The model's preset with this configuration's changes. Raises ConfigError."""
-        preset = segment_preset(self.model)
-        unknown = set(self.segment) - {field.name for field in dataclasses.fields(preset)}
-        if unknown:
-            raise ConfigError(f"segment has no field {', '.join(sorted(unknown))}")
-        return dataclasses.replace(preset, **self.segment)
+        """The model's preset with this configuration's changes, or another policy's defaults with them.
+
+        Raises ConfigError.
+        """
+        preset, options = segment_preset(self.model), dict(self.segment)
+        policy = options.pop("policy", preset.policy)
+        inherited = dataclasses.asdict(preset) if policy == preset.policy else {}
+        config = segment_config(policy, **inherited | options)
+        return config if self.heads is None else HeadsReport.read(self.heads).apply(config)

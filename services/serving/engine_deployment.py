@@ -24,7 +24,7 @@ class EngineDeployment:
             torch.set_num_threads(config.threads)
         self._config = config
         self._model = segcore.load_model(config.model, dtype=config.dtype, device=config.device)
-        self._engine = segcore.Engine(self._model.lm, config.engine_config())
+        self._engine = segcore.Engine(self._model.lm, self._model.identified(config.engine_config()))
         self._sessions = Sessions(self._model, self._engine, config)
 
     def check_health(self) -> None:

@@ -294,8 +294,8 @@ class Sessions:
             pending_tokens=stats.pending_tokens,
             segments=stats.segments,
             engine_bytes=engine.engine_bytes,
-            past_host_bytes=engine.past_host_bytes,
-            past_disk_bytes=engine.past_disk_bytes,
+            past_host_bytes=engine.past_bytes["host"],
+            past_disk_bytes=engine.past_bytes.get("disk", 0),
         )
         return UploadAck(committed_offset=document.committed_offset, progress=progress, finished=finished)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segcore.config import CacheConfig, EngineConfig
+from segcore.config import CacheConfig, EngineConfig, FullConfig
 from segcore.engine.engine import Engine
 from segcore.engine.request import Generation
 from segcore.engine.runner import Runner
@@ -18,6 +18,7 @@ from segcore.errors import (
     Busy,
     Cancelled,
     FailedPrecondition,
+    InvalidRequest,
     LimitExceeded,
     NotFound,
     SessionFailed,
@@ -45,6 +46,7 @@ def make_engine(tiny_lm: CausalLM, tmp_path: Path) -> Iterator[Callable[..., Eng
 
     yield make
     for engine in made:
+        engine.check_integrity()
         engine.shutdown()
     assert not list(tmp_path.glob("engine-*"))
 
@@ -186,7 +188,7 @@ def test_an_answer_ends_at_the_longest_stream(make_engine):
 
 
 def test_full_attention_ends_where_the_models_positions_end(make_engine):
-    engine = make_engine(segment=tiny_segment(policy="full"))
+    engine = make_engine(segment=FullConfig(segment_tokens=16))
     assert engine.max_stream_tokens == 512
     engine.open("s")
     with pytest.raises(LimitExceeded):
@@ -215,50 +217,61 @@ def test_wrong_calls_are_refused(make_engine):
         asked.done.result(SECONDS)
 
 
-def test_closing_frees_everything(make_engine, tmp_path):
+@pytest.mark.parametrize("token", [-1, VOCABULARY, 2**40])
+def test_a_token_that_the_model_does_not_have_is_refused(make_engine, token):
+    """One bad token would end every session of its batch."""
     engine = make_engine()
+    engine.open("s")
+    with pytest.raises(InvalidRequest, match="between 0 and 299"):
+        engine.append("s", [1, token])
+    assert engine.session_stats("s").pending_tokens == 0
+
+
+def test_closing_frees_everything(make_engine, tmp_path):
+    engine = make_engine(cache=CacheConfig(directory=tmp_path, reuse=False))
     for _ in range(3):
         engine.open("s")
         engine.append("s", STREAM)
         engine.flush("s").result(SECONDS)
-        assert engine.stats().past_disk_bytes > 0
+        engine.check_integrity()
+        assert engine.stats().past_bytes["disk"] > 0
         assert list(tmp_path.rglob("*.safetensors"))
         engine.close("s")
         stats = engine.stats()
-        assert (stats.sessions, stats.past_host_bytes, stats.past_disk_bytes) == (0, 0, 0)
+        assert (stats.sessions, stats.past_bytes) == (0, {"host": 0, "disk": 0})
         assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_full_disk_ends_one_session_and_no_other(make_engine, tmp_path):
-    layout_bytes = 4 * 2 * 8 * 8  # cells x (keys, values) x dimensions x fp64
-    engine = make_engine(cache=CacheConfig(directory=tmp_path, disk_bytes=16 * layout_bytes * 3))
+BLOCK_BYTES = 16 * 4 * 2 * 8 * 8  # tokens x cells x (keys, values) x dimensions x fp64
+
+
+def test_full_tiers_end_one_session_and_no_other(make_engine, tmp_path):
+    engine = make_engine(cache=CacheConfig(directory=tmp_path, disk_bytes=0, host_bytes=6 * BLOCK_BYTES))
     engine.open("big")
     engine.open("small")
     engine.append("big", STREAM)
-    with pytest.raises(StorageFull, match="disk tier is full"):
+    with pytest.raises(StorageFull, match="give the disk tier room"):
         engine.flush("big").result(SECONDS)
-    with pytest.raises(SessionFailed, match="disk tier is full"):
+    with pytest.raises(SessionFailed, match="give the disk tier room"):
         engine.append("big", [1])
     engine.append("small", STREAM[:10])
     assert len(answer(engine, "small", 3)) == 3
     engine.close("big")
-    engine.append("small", STREAM[:30])
+    engine.append("small", STREAM[:20])
     engine.flush("small").result(SECONDS)
+    assert engine.stats().faults["disk.StorageFull"] > 0
 
 
-def test_a_damaged_block_ends_the_session_instead_of_answering(make_engine, tmp_path):
-    engine = make_engine(cache=CacheConfig(directory=tmp_path, host_bytes=14_000))
+def test_damaged_blocks_are_made_again(make_engine, tmp_path, tiny_lm):
+    engine = make_engine(cache=CacheConfig(directory=tmp_path, host_bytes=6 * BLOCK_BYTES))
     engine.open("s")
     engine.append("s", STREAM)
     engine.flush("s").result(SECONDS)
+    engine.check_integrity()
     for file in tmp_path.rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-300] + bytes(300))
-    engine.mark("s")
-    engine.append("s", STREAM[:40])
-    with pytest.raises(Exception, match="checksum mismatch"):
-        engine.flush("s").result(SECONDS)
-    with pytest.raises(SessionFailed):
-        engine.generate("s", generation([]))
+    assert answer(engine, "s") == greedy_by_hand(tiny_lm, STREAM, 12)
+    assert engine.stats().faults["disk.BlockDamaged"] > 0
 
 
 def test_an_error_in_a_callback_ends_its_session_alone(make_engine):
@@ -279,8 +292,8 @@ def test_an_error_in_a_callback_ends_its_session_alone(make_engine):
 
 
 def test_the_answer_is_the_same_with_the_past_on_disk_alone(make_engine, tmp_path, tiny_lm):
-    engine = make_engine(cache=CacheConfig(directory=tmp_path, host_bytes=14_000))
+    engine = make_engine(cache=CacheConfig(directory=tmp_path, host_bytes=6 * BLOCK_BYTES))
     engine.open("s")
     engine.append("s", STREAM)
     assert answer(engine, "s") == greedy_by_hand(tiny_lm, STREAM, 12)
-    assert engine.stats().past_host_bytes <= 14_000
+    assert engine.stats().past_bytes["host"] <= 6 * BLOCK_BYTES

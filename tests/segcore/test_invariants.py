@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -10,24 +11,54 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from segcore.config import CacheConfig, Cell, SegmentConfig
+from segcore.config import (
+    CacheConfig,
+    Cell,
+    DuoConfig,
+    FullConfig,
+    LagKVConfig,
+    LongGenConfig,
+    SegmentConfig,
+    SegmentedConfig,
+    StreamingConfig,
+)
 from segcore.engine.runner import Runner
 from segcore.model import CausalLM
 from segcore.pastkv.manager import PastKVManager
 from segcore.policies import POLICIES
 from segcore.segments import tokens_to_next_cut
 from segcore.state import State
-from tests.conftest import FAMILIES, VOCABULARY, tiny_model, tiny_segment
+from tests.conftest import FAMILIES, VOCABULARY, tiny_model, tiny_segment, tiny_spans
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 MATRIX = {
-    "full": tiny_segment(policy="full"),
+    "full": FullConfig(segment_tokens=16),
+    "streaming": StreamingConfig(segment_tokens=16, sink_tokens=2, window_tokens=11),
     "segmented": tiny_segment(),
     "segmented-some-readers": tiny_segment(readers=(Cell(0, 0), Cell(1, 0), Cell(1, 1))),
     "segmented-no-sinks": tiny_segment(sink_tokens=0, reader_tail_tokens=0),
     "segmented-refreshing": tiny_segment(refresh_tokens=5),
     "segmented-long-tail": tiny_segment(segment_tokens=8, tail_tokens=20, reader_tail_tokens=12),
     "segmented-local-only": tiny_segment(retrieved_tokens=0, selectors=()),
+    "segmented-paper": tiny_segment(
+        selection="cell",
+        selectors=(),
+        sink_tokens=0,
+        reader_tail_tokens=0,
+        tail_tokens=8,
+        readers=(Cell(1, 0),),
+        segment_only=(Cell(0, 0),),
+    ),
+    "longgen": LongGenConfig(segment_tokens=16, full_layers=(1,), sink_tokens=3, window_tokens=9),
+    "longgen-strided": LongGenConfig(
+        segment_tokens=16, full_layers=(1,), sink_tokens=0, window_tokens=7, stride_blocks=3, block_tokens=5
+    ),
+    "duo": DuoConfig(segment_tokens=16, retrieval=(Cell(0, 1), Cell(1, 0)), sink_tokens=3, window_tokens=9),
+    "lagkv": LagKVConfig(segment_tokens=16, sink_tokens=3, lag_tokens=8, keep=0.5),
+    "lagkv-uneven": LagKVConfig(segment_tokens=16, sink_tokens=0, lag_tokens=6, keep=0.4),
+    "lagkv-long-lags": LagKVConfig(segment_tokens=16, sink_tokens=20, lag_tokens=24, keep=0.25),
+    "ltri": tiny_spans(),
+    "ltri-small-windows": tiny_spans(local_tokens=8, selectors=(Cell(0, 0), Cell(0, 1)), refresh_tokens=5),
 }
 # Streams cross many boundaries and aren't multiples of the segment.
 STREAM = torch.randint(0, VOCABULARY, (133,), generator=torch.Generator().manual_seed(3))
@@ -55,7 +86,7 @@ def run(lm: CausalLM, config: SegmentConfig, stream_T: Tensor, marks: tuple[int,
         next_mark = min((m for m in marks if m > at), default=len(stream_T))
         count = min(tokens_to_next_cut(state.filled, config, step), next_mark - at, len(stream_T) - at, step)
         logits.append(runner.advance(stream_T[at : at + count], state, past, all_logits=True))
-        retrieved[at] = state.retrieved_R.tolist()
+        retrieved[at] = state.retrieved_CR.tolist()
     return Pass(torch.cat(logits), retrieved, state)
 
 
@@ -71,15 +102,25 @@ def test_every_policy_is_in_the_matrix():
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("policy", ["full", "segmented"])
-def test_i1_a_stream_within_a_segment_is_the_models_own_attention(policy, family, kv_heads):
-    config = tiny_segment(policy=policy, segment_tokens=48, selectors=((0, 0),))
-    first = 0 if policy == "full" else config.prefix_tokens
-    stream = STREAM[:45]
-    positions = torch.arange(first, first + len(stream))
-    own = tiny_model(family, kv_heads=kv_heads)(stream[None], position_ids=positions[None]).logits[0]
-    ours = run(CausalLM(tiny_model(family, kv_heads=kv_heads)), config, stream, marks=(17,), step=7)
-    torch.testing.assert_close(ours.logits_TV, own, **EXACT)
+def test_i1_a_stream_within_a_segment_is_the_models_own_attention(family, kv_heads):
+    stream, lm = STREAM[:45], CausalLM(tiny_model(family, kv_heads=kv_heads))
+    for config in MATRIX.values():
+        config = within_model(dataclasses.replace(config, segment_tokens=48), kv_heads)
+        ours = run(lm, config, stream, marks=(17,), step=7)
+        first = ours.state.layers[0][0].position
+        positions = torch.arange(first, first + len(stream))
+        own = tiny_model(family, kv_heads=kv_heads)(stream[None], position_ids=positions[None]).logits[0]
+        torch.testing.assert_close(ours.logits_TV, own, **EXACT)
+
+
+def within_model(config: SegmentConfig, kv_heads: int) -> SegmentConfig:
+    """The configuration with the cells that a model of fewer KV heads has."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    cells = {n: v for n, v in fields.items() if isinstance(v, tuple) and v and isinstance(v[0], Cell)}
+    fewer = {name: tuple(Cell(c.layer, min(c.kv_head, kv_heads - 1)) for c in value) for name, value in cells.items()}
+    if "segment_only" in fewer:
+        fewer["segment_only"] = tuple(set(fewer["segment_only"]) - set(fewer.get("readers", ())))
+    return dataclasses.replace(config, **fewer)
 
 
 def test_i1_full_equals_the_model_over_many_segments(tiny_lm):
@@ -117,10 +158,10 @@ def test_i3_any_chopping_gives_the_same_state_and_logits(tiny_lm, policy, length
 
 def assert_same_state(a: State, b: State) -> None:
     assert (a.length, a.filled) == (b.length, b.filled)
-    assert a.retrieved_R.tolist() == b.retrieved_R.tolist()
+    assert a.retrieved_CR.tolist() == b.retrieved_CR.tolist()
     for windows_a, windows_b in zip(a.layers, b.layers, strict=True):
         for x, y in zip(windows_a, windows_b, strict=True):
-            assert (x.heads, x.start, x.base) == (y.heads, y.start, y.base)
+            assert (x.heads, x.position, x.base - x.start) == (y.heads, y.position, y.base - y.start)
             live = slice(x.start, x.base + a.filled)
             torch.testing.assert_close(x.rotated_HND[:, live], y.rotated_HND[:, live], **EXACT)
             torch.testing.assert_close(x.k_HND[:, live], y.k_HND[:, live], **EXACT)
@@ -139,10 +180,10 @@ def test_i8_no_value_depends_on_a_future_token(tiny_lm, policy, at, token):
     assert torch.equal(before.logits_TV[:at], after.logits_TV[:at])
 
 
-@pytest.mark.parametrize("policy", [name for name in MATRIX if name != "full"])
+@pytest.mark.parametrize("policy", [name for name, config in MATRIX.items() if POLICIES[config.policy].bounded])
 def test_i10_state_bytes_do_not_grow(tiny_lm, policy):
     config = MATRIX[policy]
-    stream = STREAM.repeat(12)
+    stream = STREAM.repeat(12)[: 40 + 16 * 96]  # both end at the same place in a segment
     assert run(tiny_lm, config, stream).state.nbytes == run(tiny_lm, config, STREAM[:40]).state.nbytes
 
 
@@ -150,17 +191,17 @@ def test_the_past_matters(tiny_lm):
     """Retrieval changes what comes after it: else the other tests would prove nothing about it."""
     with_past, without = run(tiny_lm, MATRIX["segmented"], STREAM), run(tiny_lm, MATRIX["segmented-local-only"], STREAM)
     assert (with_past.logits_TV[-1] - without.logits_TV[-1]).abs().max() > 1e-3
-    assert len(with_past.state.retrieved_R) == MATRIX["segmented"].retrieved_tokens
+    assert with_past.state.retrieved_CR.shape[1] == MATRIX["segmented"].retrieved_tokens
 
 
 def test_a_mark_chooses_anew_without_closing_the_segment(tiny_lm):
     plain, marked = run(tiny_lm, MATRIX["segmented"], STREAM), run(tiny_lm, MATRIX["segmented"], STREAM, (121,))
     assert torch.equal(plain.logits_TV[:121], marked.logits_TV[:121])
-    assert plain.state.retrieved_R.tolist() != marked.state.retrieved_R.tolist()
+    assert plain.state.retrieved_CR.tolist() != marked.state.retrieved_CR.tolist()
     assert plain.state.filled == marked.state.filled
 
 
-@pytest.mark.parametrize("policy", [name for name in MATRIX if name != "full"])
+@pytest.mark.parametrize("policy", [name for name, config in MATRIX.items() if isinstance(config, SegmentedConfig)])
 @pytest.mark.parametrize("length", [8, 16, 21, 48, 133])
 def test_a_prefix_holds_what_the_design_says(tiny_lm, policy, length):
     """Layer 0's unrotated keys depend on their token alone, so they tell which tokens a window holds."""
@@ -170,11 +211,14 @@ def test_a_prefix_holds_what_the_design_says(tiny_lm, policy, length):
     closed = length - length % config.segment_tokens
     readers = {Cell(0, 0), Cell(0, 1)} if config.readers is None else set(config.readers)
     for window in state.layers[0]:
-        reads = bool(config.retrieved_tokens) and Cell(0, window.heads[0]) in readers
+        cell = Cell(0, window.heads[0])
+        reads = bool(config.retrieved_tokens) and cell in readers
         sinks = list(range(min(config.sink_tokens, closed)))
         longest = config.reader_tail_tokens if reads else config.tail_tokens
         tail = list(range(max(len(sinks), closed - longest), closed))
-        expected = sinks + (state.retrieved_R.tolist() if reads else []) + tail
+        expected = sinks + (state.retrieved_CR[0].tolist() if reads else []) + tail
+        if cell in config.segment_only:
+            expected = []
         assert expected == sorted(set(expected))
         assert window.base - window.start == len(expected)
         got = window.k_HND[:, window.start : window.base]

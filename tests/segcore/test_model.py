@@ -71,7 +71,6 @@ def test_scaled_rope_keeps_the_models_own_angles(factor):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"policy": "psychic"}, "unknown policy 'psychic'"),
         ({"selectors": ()}, "needs the selector cells"),
         ({"selectors": ((2, 0),)}, r"cell \(2, 0\) isn't in the model"),
         ({"readers": ((0, 2),)}, r"cell \(0, 2\) isn't in the model"),

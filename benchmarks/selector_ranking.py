@@ -1,0 +1,129 @@
+"""Do the shipped selectors rank what is needed in streams they weren't chosen on? Other text, other facts, other seed.
+
+.venv/bin/python benchmarks/selector_ranking.py   # some ten minutes; writes benchmarks/results/selector_ranking.json
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import math
+import platform
+import random
+import statistics
+import subprocess
+from pathlib import Path
+
+import psutil
+
+import segcore
+from segcore.config import Cell
+from segcore.heads.detect import Sighting, look, recall, reciprocal_ranks
+from segcore.heads.haystack import Haystack
+from segcore.heads.probes import ADJECTIVES, NAMES, NOUNS, PLACES, ProbeConfig, ProbeMaker, Template
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "selector_ranking.json"
+SEGMENT = segcore.segment_preset(segcore.DEFAULT_MODEL)
+# The two best cells by copying, which the prototype took, and what ships.
+SETS = {"copying": (Cell(17, 1), Cell(18, 2)), "shipped": SEGMENT.selectors}
+
+
+def person(rng: random.Random) -> str:
+    return f"{rng.choice(NAMES)} {rng.choice(PLACES)}"
+
+
+def ship(rng: random.Random) -> str:
+    return f"{rng.choice(ADJECTIVES).capitalize()} {rng.choice(NOUNS).capitalize()}"
+
+
+def cargo(rng: random.Random) -> str:
+    return " and ".join(f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}s" for _ in range(2))
+
+
+TEMPLATES = (
+    Template(
+        "telephone",
+        "The telephone number of {key} is",
+        "How can one reach {key} by telephone?",
+        "The telephone number of {key} is",
+        person,
+        lambda rng: f"{rng.randint(200, 999)}-{rng.randint(1000, 9999)}",
+    ),
+    Template(
+        "voyage",
+        "That spring the ship {key} sailed with a cargo of",
+        "What did the ship {key} carry?",
+        "The ship {key} sailed with a cargo of",
+        ship,
+        cargo,
+    ),
+    Template(
+        "setting",
+        "{key} =",
+        "What is the value of {key}?",
+        "The value of {key} is",
+        lambda rng: f"{rng.choice(NOUNS)}_{rng.choice(NOUNS)}",
+        lambda rng: str(rng.randint(10_000, 99_999)),
+    ),
+)
+PROBES = ProbeConfig(
+    templates=TEMPLATES, lengths=(1500, 3000, 6000), depths=tuple((i + 0.5) / 8 for i in range(8)), rounds=2, seed=1
+)
+
+
+def essays() -> Haystack:
+    package = importlib.util.find_spec("long_context_eval")
+    assert package is not None, "run: make setup"
+    assert package.submodule_search_locations
+    data = Path(package.submodule_search_locations[0]) / "data" / "synthetic" / "json" / "PaulGrahamEssays.json"
+    return Haystack("essays", json.loads(data.read_text())["text"])
+
+
+def sightings() -> list[Sighting]:
+    model = segcore.load_model(device="cpu")
+    maker = ProbeMaker(model.tokenizer, model.chat, essays(), SEGMENT.sink_tokens, SEGMENT.reader_tail_tokens)
+    seen: list[Sighting] = []
+    for stream in maker.streams(PROBES):
+        seen += look(model.lm, stream, window_tokens=SEGMENT.query_window_tokens)
+        print(f"{stream.template}, {stream.length} tokens: {len(seen)} questions so far", flush=True)
+    return seen
+
+
+def figures(seen: list[Sighting], kv_heads: int) -> list[tuple[str, float, str]]:
+    """Name, value and unit of each figure."""
+    values, ranks = [], {}
+    for name, cells in SETS.items():
+        rows = [layer * kv_heads + head for layer, head in cells]
+        sums = [(s.scores_CN[rows].sum(dim=0), s.question) for s in seen]
+        block = SEGMENT.block_tokens
+        ranks[name] = [float(reciprocal_ranks(score_N[None], question, block)) for score_N, question in sums]
+        values.append((f"{name}_reciprocal_rank", statistics.mean(ranks[name]), "mean over questions"))
+        for budget in (128, 256, 512):
+            share = statistics.mean(recall(score_N, question, budget, block) for score_N, question in sums)
+            values.append((f"{name}_recall_{budget}", share, "share of the needle's tokens"))
+    gains = [new - old for new, old in zip(ranks["shipped"], ranks["copying"], strict=True)]
+    values.append(("shipped_minus_copying", statistics.mean(gains), "reciprocal rank"))
+    values.append(("its_standard_error", statistics.stdev(gains) / math.sqrt(len(gains)), "reciprocal rank"))
+    return [*values, ("questions", len(seen), "")]
+
+
+def rows(values: list[tuple[str, float, str]]) -> list[dict]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    common = {
+        "target": None,
+        "peer": None,
+        "machine": f"{platform.machine()} CPU, {psutil.cpu_count(logical=False)} cores",
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "command": "benchmarks/selector_ranking.py",
+        "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+    return [{"name": name, "value": value, "unit": unit, **common} for name, value, unit in values]
+
+
+if __name__ == "__main__":
+    RESULTS.write_text(json.dumps(rows(figures(sightings(), kv_heads=3)), indent=1) + "\n")
+    print(RESULTS.read_text())

@@ -1,0 +1,173 @@
+"""The past of one stream: its journal, its blocks in order, and what later choices search.
+
+Shapes: C cells, R retrieved tokens, S tokens of a segment, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from segcore.errors import PastKVError
+from segcore.pastkv.base import Block, PastLayout
+from segcore.pastkv.journal import Journal
+
+if TYPE_CHECKING:
+    from segcore.pastkv.manager import PastKVManager
+
+
+class SessionPast:
+    """One stream's past. Its blocks are shared with every stream that began in the same way.
+
+    root: the key before the first block. What later choices search is in `search`, or, where the layout makes none, in
+    `index`, one piece per closed segment.
+    """
+
+    def __init__(self, manager: PastKVManager, layout: PastLayout | None, root: str) -> None:
+        self._manager, self._layout, self.root = manager, layout, root
+        self.journal = Journal()
+        self.index: list[dict[str, Tensor]] = []
+        self.search = None if layout is None or layout.new_search is None else layout.new_search()
+        self._keys: list[str] = []
+        manager.follow(self)
+
+    @property
+    def segments(self) -> int:
+        """Closed segments that are in past KV."""
+        return len(self._keys)
+
+    def append(self, kv_SC2D: Tensor, index: dict[str, Tensor]) -> None:
+        """Take the segment that just closed; readable at once, durable after `complete`.
+
+        The caller gives `kv_SC2D` up: it isn't copied, and a block never changes. Raises StorageFull; then nothing is
+        kept.
+        """
+        assert self._layout is not None
+        layout, first = self._layout, self.segments * self._layout.segment_tokens
+        expected = (layout.segment_tokens, layout.cells, 2, layout.head_dim)
+        assert kv_SC2D.shape == expected, (kv_SC2D.shape, expected)
+        key = self.journal.key(self.last_key, first, first + layout.segment_tokens)
+        index = _own(index)
+        self._manager.prepare(Block(key, kv_SC2D.detach().cpu().contiguous(), index, {}), self._kept(index))
+        self._take(key, index)
+
+    def complete(self, boundary: dict[str, Tensor]) -> None:
+        """The last segment is closed: its block is whole, and goes to the lower tiers."""
+        self._manager.complete(self.last_key, _own(boundary))
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether every block is in memory."""
+        return all(self._manager.in_memory(key) for key in self._keys)
+
+    def prefetch(self, positions: Tensor) -> None:
+        """Past tokens that the next `gather` may ask for: their rows come to host memory in the background.
+
+        positions: as for `gather`. It is a guess: a wrong one costs its reads, a fault is counted and does no harm.
+        """
+        for segment, rows_n in self._by_segment(torch.unique(positions.cpu())):
+            self._manager.prefetch(self._keys[segment], rows_n)
+
+    def gather(self, positions: Tensor) -> Tensor:
+        """Keys and values of past tokens, [R, C, 2, D], on the model's device.
+
+        positions: ascending, [R] or [1, R] for all cells alike, or [C, R], each cell its own. Raises PastKVError,
+        with the number of the segment that couldn't be read in its details.
+        """
+        assert self._layout is not None
+        layout, positions_CR, device = self._layout, torch.atleast_2d(positions.cpu()), self._manager.device
+        wanted = torch.unique(positions_CR)
+        parts = [torch.empty((0, layout.cells, 2, layout.head_dim), dtype=layout.dtype, device=device)]
+        parts += [self._rows(segment, rows_n).to(device) for segment, rows_n in self._by_segment(wanted)]
+        kv_nC2D = torch.cat(parts)
+        if positions_CR.shape[0] == 1:
+            return kv_nC2D
+        rows_CR = torch.searchsorted(wanted, positions_CR.contiguous()).to(device)
+        return kv_nC2D[rows_CR.T, torch.arange(layout.cells, device=device)]
+
+    def fork(self) -> SessionPast:
+        """An independent past that shares this one's blocks."""
+        fork = SessionPast(self._manager, self._layout, self.root)
+        fork.journal, fork._keys = self.journal.copy(), list(self._keys)
+        if self.search is None:
+            fork.index = [self._manager.share(key, index) for key, index in zip(self._keys, self.index, strict=True)]
+        else:
+            fork.search = self.search.fork()
+            for key in self._keys:
+                self._manager.share(key, {})
+        return fork
+
+    def adopt(self, key: str) -> dict[str, Tensor]:
+        """Continue with a block that another stream made of the same tokens; returns its boundary.
+
+        Raises PastKVError; then nothing changes.
+        """
+        head = self._manager.head(key)
+        shared = self._manager.share(key, self._kept(head.index))
+        self._take(key, head.index if self.search is not None else shared)
+        return head.boundary
+
+    def available(self, key: str) -> bool:
+        """Whether a block can be had, as far as can be told without reading it."""
+        return self._manager.holds(key)
+
+    def boundary(self) -> dict[str, Tensor]:
+        """The last block's boundary. Raises PastKVError."""
+        return self._manager.head(self.last_key).boundary
+
+    def intact(self) -> int:
+        """How many blocks, from the first on, are complete somewhere, as far as can be told without reading them."""
+        return next((i for i, key in enumerate(self._keys) if not self._manager.holds(key)), self.segments)
+
+    def truncate(self, segments: int) -> None:
+        """Let go of all blocks but the first `segments`; the journal stays."""
+        for key in self._keys[segments:]:
+            self._manager.release(key)
+        del self._keys[segments:], self.index[segments:]
+        if self.search is not None and self._layout is not None:
+            self.search.truncate(len(self._keys) * self._layout.segment_tokens)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of the blocks, in stream order."""
+        return tuple(self._keys)
+
+    @property
+    def last_key(self) -> str:
+        """The key of the last block; of none, the root."""
+        return self._keys[-1] if self._keys else self.root
+
+    def _kept(self, index: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What stays in memory of a block's index while it is in use: nothing, if `search` has its own copy."""
+        return index if self.search is None else {}
+
+    def _take(self, key: str, index: dict[str, Tensor]) -> None:
+        self._keys.append(key)
+        if self.search is None:
+            self.index.append(index)
+        else:
+            self.search.append(index["keys"])
+            self._manager.fit()
+
+    def _by_segment(self, positions_n: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The segments that ascending positions lie in, and their rows of each."""
+        assert self._layout is not None
+        segments, rows_n = positions_n // self._layout.segment_tokens, positions_n % self._layout.segment_tokens
+        for segment in torch.unique(segments).tolist():
+            yield segment, rows_n[segments == segment]
+
+    def _rows(self, segment: int, rows_n: Tensor) -> Tensor:
+        try:
+            return self._manager.rows(self._keys[segment], rows_n)
+        except PastKVError as error:
+            error.details["segment"] = str(segment)
+            raise
+
+
+def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory that share no storage with anything."""
+    layout = torch.contiguous_format
+    return {name: t.detach().to("cpu", copy=True, memory_format=layout) for name, t in tensors.items()}

@@ -1,0 +1,31 @@
+"""`streaming`: the stream's first tokens and a window of recent ones (StreamingLLM, arXiv 2309.17453, section 3.2).
+
+As there, positions are those within the cache. Ours differs in that the window moves by whole segments: a token sees
+the window before its segment and the segment up to itself, at least what the paper shows it.
+"""
+
+from __future__ import annotations
+
+from segcore.config import StreamingConfig
+from segcore.model import ModelSpec, Rope
+from segcore.pastkv.session import SessionPast
+from segcore.policies.base import Policy, sink_and_tail_rows, write_prefix
+from segcore.state import State, Window
+
+
+class StreamingPolicy(Policy[StreamingConfig]):
+    name = "streaming"
+
+    def __init__(self, config: StreamingConfig, spec: ModelSpec, rope: Rope) -> None:
+        super().__init__(config, spec, rope)
+        self._require_positions(config.prefix_tokens + config.segment_tokens)
+
+    def windows(self, layer: int) -> list[Window]:
+        rows = self.config.prefix_tokens
+        return [self._window(range(self.spec.kv_heads), prefix=rows, position=rows)]
+
+    def close(self, state: State, past: SessionPast) -> None:
+        for (window,) in state.layers:
+            rows = sink_and_tail_rows(window, state, self.config.sink_tokens, self.config.window_tokens)
+            write_prefix(window, self.rope, window.k_HND[:, rows], window.v_HND[:, rows])
+        state.filled = 0

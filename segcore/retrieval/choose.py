@@ -1,0 +1,92 @@
+"""Choosing the retrieved prefix: which past tokens the reader cells see next (design, section 6, `global`).
+
+Shapes: G query heads of a selector, W tokens of the query window, N past tokens, B blocks, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# "Less a hair": what a block's score loses when it is lent to its neighbours. Large enough to survive fp32 beside
+# scores of some hundreds, small against any difference that matters.
+NEIGHBOUR_MARGIN = 1e-3
+
+
+def score_pieces(queries_GWD: Sequence[Tensor], keys: Iterable[Tensor], scale: float) -> Iterator[Tensor]:
+    """Score past tokens by the selectors' query windows, piece by piece, so that memory doesn't depend on N.
+
+    A token's score is the sum, over the selectors' query heads, of its key's largest dot product with any query of
+    the window, times `scale`; in fp32 (fp64 for fp64 models), unaveraged, before RoPE.
+
+    queries_GWD: one window per selector. keys: pieces of the past in stream order, [selectors, n, D] each, read once.
+    Yields scores_n.
+    """
+    wide = torch.promote_types(queries_GWD[0].dtype, torch.float32)
+    queries = [q.to(wide) for q in queries_GWD]
+    for piece in keys:
+        score = torch.zeros((), dtype=wide, device=queries[0].device)
+        for q_GWD, key_nD in zip(queries, piece, strict=True):
+            similarity = q_GWD.flatten(0, 1) @ key_nD.to(device=q_GWD.device, dtype=wide).T
+            score = score + similarity.unflatten(0, q_GWD.shape[:2]).amax(dim=1).sum(dim=0)
+        yield score * scale
+
+
+def score_tokens(queries_GWD: Sequence[Tensor], keys: Iterable[Tensor], scale: float) -> Tensor:
+    """Scores_N of all pieces; see `score_pieces`."""
+    return torch.cat(list(score_pieces(queries_GWD, keys, scale)))
+
+
+def best_of_blocks(scores: Iterable[Tensor], *, first: int, stop: int, block: int) -> Tensor:
+    """best_B: the best score of a block's tokens within [first, stop), -inf without one; B = ceil(stop / block).
+
+    scores: pieces of scores_N in stream order, of any lengths; read until `stop`.
+    """
+    bests: list[Tensor] = []
+    at, rest = 0, None
+    for piece in scores:
+        if at < first or at + len(piece) > stop:
+            piece = piece.clone()
+            piece[: max(0, first - at)] = -torch.inf
+            piece[max(0, stop - at) :] = -torch.inf
+        at += len(piece)
+        # A block that the piece ends within waits for the next piece.
+        if rest is not None and len(rest):
+            piece = torch.cat([rest, piece])
+        whole = len(piece) // block * block
+        bests.append(piece[:whole].view(-1, block).amax(dim=1))
+        rest = piece[whole:]
+        if at >= stop:
+            break
+    assert rest is not None, "no scores"
+    if len(rest):
+        bests.append(rest.amax()[None])
+    return torch.cat(bests)[: -(-stop // block)]
+
+
+def choose_positions(best_B: Tensor, *, first: int, stop: int, tokens: int, block: int) -> Tensor:
+    """The positions in [first, stop) of the chosen blocks, ascending; see `choose_blocks`."""
+    lent_B = best_B.clone()
+    lent_B[1:] = torch.maximum(lent_B[1:], best_B[:-1] - NEIGHBOUR_MARGIN)
+    lent_B[:-1] = torch.maximum(lent_B[:-1], best_B[1:] - NEIGHBOUR_MARGIN)
+    # A block without a candidate never wins, whoever its neighbours are.
+    lent_B[best_B == -torch.inf] = -torch.inf
+    order = torch.sort(lent_B, descending=True, stable=True).indices[: tokens // block]
+    chosen = order[lent_B[order] > -torch.inf].sort().values
+    positions = (chosen[:, None] * block + torch.arange(block, device=chosen.device)).flatten()
+    return positions[(positions >= first) & (positions < stop)]
+
+
+def choose_blocks(scores_N: Tensor, *, first: int, stop: int, tokens: int, block: int) -> Tensor:
+    """The positions in [first, stop) that form the retrieved prefix: at most `tokens`, ascending.
+
+    The stream is cut into blocks of `block` tokens; a block scores its best candidate, and lends its two neighbours
+    that score less NEIGHBOUR_MARGIN; the best tokens/block blocks win, ties to the earlier one. Tokens outside
+    [first, stop) are no candidates.
+    """
+    if stop <= first or tokens == 0:
+        return torch.empty(0, dtype=torch.long, device=scores_N.device)
+    best_B = best_of_blocks([scores_N], first=first, stop=stop, block=block)
+    return choose_positions(best_B, first=first, stop=stop, tokens=tokens, block=block)

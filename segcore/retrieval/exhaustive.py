@@ -1,0 +1,75 @@
+"""The oracle: every key as it came, scored exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from segcore.retrieval.base import KeyIndex
+from segcore.retrieval.choose import best_of_blocks, choose_positions, score_pieces, score_tokens
+from segcore.retrieval.pages import PAGE_ROWS, Pages
+
+
+class ExhaustiveIndex(KeyIndex):
+    """Holds `selectors * head_dim` numbers a token, and reads them all at each search."""
+
+    _keys: Pages  # rows [C, N, D]
+
+    @property
+    def device_bytes(self) -> int:
+        return self._keys.device_bytes if self._segment else 0
+
+    @property
+    def host_bytes(self) -> int:
+        return self._keys.host_bytes if self._segment else 0
+
+    @property
+    def allocated(self) -> list[Tensor]:
+        return self._keys.allocated if self._segment else []
+
+    def best_of(self, queries_CGWD: Sequence[Tensor], blocks_B: Tensor, *, first: int, stop: int) -> Tensor:
+        """best_B of some blocks only, each of which holds a token in [first, stop); see `best_of_blocks`."""
+        positions_Bb = blocks_B[:, None] * self._spec.block + torch.arange(self._spec.block)
+        # Tokens that are no candidates give way to one of the same block that is.
+        keys_CnD = self._gather(positions_Bb.clamp(first, stop - 1).flatten())
+        scores_n = score_tokens(queries_CGWD, [keys_CnD], self._spec.head_dim**-0.5)
+        return scores_n.view(-1, self._spec.block).amax(dim=1)
+
+    def _start(self) -> None:
+        spec, shape = self._spec, (self._spec.selectors, self._segment, self._spec.head_dim)
+        self._keys = Pages(
+            shape, spec.dtype, spec.device, spec.device_budget_bytes // (math.prod(shape) * spec.dtype.itemsize)
+        )
+
+    def _append(self, keys_CND: Tensor) -> None:
+        self._keys.append(keys_CND)
+
+    def _search(self, queries_CGWD: Sequence[Tensor], *, first: int, stop: int, tokens: int) -> Tensor:
+        scores = score_pieces(queries_CGWD, self._pieces(queries_CGWD[0].shape), self._spec.head_dim**-0.5)
+        best_B = best_of_blocks(scores, first=first, stop=stop, block=self._spec.block)
+        return choose_positions(best_B, first=first, stop=stop, tokens=tokens, block=self._spec.block)
+
+    def _truncate(self, segments: int) -> None:
+        self._keys.truncate(segments)
+
+    def _unshare(self) -> None:
+        if self._segment:
+            self._keys = self._keys.fork()
+
+    def _pieces(self, window: torch.Size) -> Iterator[Tensor]:
+        """The keys in stream order, [C, n, D] a piece."""
+        step = self._step(window[0] * window[1] * self._segment)
+        for page in self._keys:
+            for rows_PCND in page.split(step):
+                yield rows_PCND.to(self._spec.device, non_blocking=True).transpose(0, 1).flatten(1, 2)
+
+    def _gather(self, positions_n: Tensor) -> Tensor:
+        """Keys of ascending positions, [C, n, D], from an index that lives in host memory."""
+        row_n, column_n = positions_n // self._segment, positions_n % self._segment
+        pages, counts = torch.unique_consecutive(row_n // PAGE_ROWS, return_counts=True)
+        where = zip(pages.tolist(), *(x.split(counts.tolist()) for x in (row_n % PAGE_ROWS, column_n)), strict=True)
+        parts = [self._keys.page(i)[rows, :, columns] for i, rows, columns in where]
+        return torch.cat(parts).to(self._spec.device).transpose(0, 1)

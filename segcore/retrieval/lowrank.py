@@ -1,0 +1,131 @@
+"""The index that ships: a segment's keys in few dimensions of eight bits find candidates, exact keys judge them.
+
+Keys of a selector vary in few directions (of SmolLM2's 64, 24 hold 99% of what queries see of them). Each segment is
+written in the directions of its own keys, so that nothing learned from one text is asked to fit another; no state
+passes from segment to segment. Estimates from these codes name the best blocks, `oversampling` for each to be chosen;
+their exact keys, in host memory, are then scored as the oracle does. A short stream is all candidates: exact.
+
+Shapes: P segments of a page, C selectors, G query heads of a selector, W tokens of the query window, M = G * W,
+N tokens of a segment, D head dimension, K rank, B blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from segcore.retrieval.base import IndexSpec, KeyIndex
+from segcore.retrieval.choose import best_of_blocks, choose_positions
+from segcore.retrieval.exhaustive import ExhaustiveIndex
+from segcore.retrieval.pages import Pages
+
+
+class LowRankIndex(KeyIndex):
+    """Holds about `selectors * 3/8 head_dim` bytes a token on the device, and the exact keys in host memory.
+
+    oversampling: candidate blocks for each block to be chosen; a stream of no more blocks is searched exactly.
+    """
+
+    _codes: Pages  # rows [C, K, N], int8
+    _decoders: Pages  # rows [C, D, K]
+
+    def __init__(self, spec: IndexSpec, *, oversampling: int = 8) -> None:
+        super().__init__(spec)
+        self._exact = ExhaustiveIndex(dataclasses.replace(spec, device_budget_bytes=0))
+        self._oversampling = oversampling
+        self._rank = max(1, 3 * spec.head_dim // 8)
+        # Estimates need no more than the model's own precision, and no more than fp32.
+        self._compute = torch.float32 if spec.dtype.itemsize > 2 else spec.dtype
+
+    @property
+    def device_bytes(self) -> int:
+        return self._codes.device_bytes + self._decoders.device_bytes if self._segment else 0
+
+    @property
+    def host_bytes(self) -> int:
+        spilled = self._codes.host_bytes + self._decoders.host_bytes if self._segment else 0
+        return spilled + self._exact.host_bytes
+
+    @property
+    def allocated(self) -> list[Tensor]:
+        if not self._segment:
+            return []
+        return self._codes.allocated + self._decoders.allocated + self._exact.allocated
+
+    def _start(self) -> None:
+        selectors, head_dim, rank = self._spec.selectors, self._spec.head_dim, self._rank
+        row_bytes = selectors * rank * (self._segment + head_dim * self._compute.itemsize)
+        device_rows = self._spec.device_budget_bytes // row_bytes
+        self._codes = Pages((selectors, rank, self._segment), torch.int8, self._spec.device, device_rows)
+        self._decoders = Pages((selectors, head_dim, rank), self._compute, self._spec.device, device_rows)
+
+    def _append(self, keys_CND: Tensor) -> None:
+        # On the host: it needs the keys anyway, and decomposes a small matrix sooner than a GPU does.
+        keys = keys_CND.cpu()
+        self._exact.append(keys)
+        codes_CKN, decoder_CDK = _compress(keys, self._rank)
+        self._codes.append(codes_CKN)
+        self._decoders.append(decoder_CDK)
+
+    def _search(self, queries_CGWD: Sequence[Tensor], *, first: int, stop: int, tokens: int) -> Tensor:
+        candidates = self._oversampling * (tokens // self._spec.block)
+        if -(-stop // self._spec.block) <= candidates:
+            return self._exact.search(queries_CGWD, first=first, stop=stop, tokens=tokens, block=self._spec.block)
+        best_B = best_of_blocks(self._estimates(queries_CGWD), first=first, stop=stop, block=self._spec.block)
+        best_B = best_B * self._spec.head_dim**-0.5
+        top = torch.sort(best_B, descending=True, stable=True).indices[:candidates]
+        top = top[best_B[top] > -torch.inf].sort().values
+        exact = self._exact.best_of(queries_CGWD, top.cpu(), first=first, stop=stop)
+        # Other blocks keep their estimates, which decide nothing unless the candidates were too few.
+        best_B = best_B.to(exact.dtype).index_copy(0, top, exact)
+        return choose_positions(best_B, first=first, stop=stop, tokens=tokens, block=self._spec.block)
+
+    def _truncate(self, segments: int) -> None:
+        self._exact.truncate(segments * self._segment)
+        self._codes.truncate(segments)
+        self._decoders.truncate(segments)
+
+    def _unshare(self) -> None:
+        self._exact = self._exact.fork()
+        if self._segment:
+            self._codes, self._decoders = self._codes.fork(), self._decoders.fork()
+
+    def _estimates(self, queries_CGWD: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Estimated scores in stream order, in pieces, before their scaling."""
+        queries = torch.stack(list(queries_CGWD)).to(self._compute)
+        heads = queries.shape[1:3]
+        step = self._step(self._spec.selectors * heads.numel() * self._segment)
+        for codes_PCKN, decoders_PCDK in zip(self._codes, self._decoders, strict=True):
+            q_PCMK = queries.flatten(1, 2) @ decoders_PCDK.to(self._spec.device, non_blocking=True)
+            codes = codes_PCKN.to(self._spec.device, non_blocking=True)
+            for q, c in zip(q_PCMK.split(step), codes.split(step), strict=True):
+                similarity = torch.bmm(q.flatten(0, 1), c.to(self._compute).flatten(0, 1))
+                best_PCGN = _window_max(similarity.unflatten(1, heads)).unflatten(0, q.shape[:2])
+                yield best_PCGN.sum(dim=(1, 2), dtype=torch.float32).flatten()
+
+
+def _compress(keys_CND: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """codes_CKN, int8, and decoder_CDK, with keys about `decoder @ codes`: the keys' principal directions.
+
+    The directions aren't centred: a mean is the first of them.
+    """
+    keys = keys_CND.float()
+    basis_CDK = torch.linalg.eigh(keys.mT @ keys).eigenvectors[..., -rank:]
+    coordinates_CKN = (keys @ basis_CDK).mT
+    steps_CK1 = coordinates_CKN.abs().amax(dim=2, keepdim=True).clamp_min(1e-30) / 127
+    codes = (coordinates_CKN / steps_CK1).round().to(torch.int8)
+    return codes, basis_CDK * steps_CK1.mT
+
+
+def _window_max(similarity_xGWN: Tensor) -> Tensor:
+    """The maximum over the window, [x, G, N]."""
+    if not similarity_xGWN.is_cpu or similarity_xGWN.dtype.itemsize != 2:
+        return similarity_xGWN.amax(dim=2)
+    # On CPUs torch reduces whole numbers of 16 bits ten times as fast as floats of 16 bits. Positive floats are in
+    # the order of their bits, negative ones in the opposite order.
+    bits = similarity_xGWN.view(torch.int16)
+    positive, negative = bits.amax(dim=2), bits.amin(dim=2)
+    return torch.where(positive < 0, negative, positive).view(similarity_xGWN.dtype)

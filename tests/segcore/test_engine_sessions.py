@@ -1,0 +1,486 @@
+"""Sessions as things to copy, move and take back (I4, I5), side by side (I6), and sharing what they have in common.
+
+Every answer is held against the same stream on an engine of its own: fp64, greedy, token for token.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from segcore.config import CacheConfig, EngineConfig, SegmentConfig
+from segcore.engine.engine import Engine
+from segcore.engine.request import Generation
+from segcore.errors import (
+    AlreadyExists,
+    BlockDamaged,
+    BlockMismatch,
+    FailedPrecondition,
+    InvalidRequest,
+    NotFound,
+)
+from segcore.model import CausalLM
+from segcore.pastkv.session import SessionPast
+from segcore.sampling import SamplingParams
+from tests.conftest import VOCABULARY, tiny_model, tiny_segment
+from tests.segcore.test_invariants import MATRIX
+
+STREAM = torch.randint(0, VOCABULARY, (90,), generator=torch.Generator().manual_seed(11)).tolist()
+SECONDS = 30
+
+
+def engine_of(lm: CausalLM, **changes: object) -> Engine:
+    values: dict[str, object] = {"segment": tiny_segment(), "chunk_tokens": 8}
+    return Engine(lm, EngineConfig(**(values | changes)))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def make_engine(tiny_lm: CausalLM) -> Iterator[Callable[..., Engine]]:
+    made: list[Engine] = []
+
+    def make(**changes: object) -> Engine:
+        made.append(engine_of(tiny_lm, **changes))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.check_integrity()
+        engine.shutdown()
+
+
+def ask(engine: Engine, session: str, count: int = 12, **params: object) -> tuple[list[int], Generation]:
+    tokens: list[int] = []
+    asked = Generation(
+        SamplingParams(max_tokens=count, **params),  # type: ignore[arg-type]
+        lambda token: tokens.append(token) or False,  # type: ignore[func-returns-value]
+    )
+    engine.generate(session, asked)
+    return tokens, asked
+
+
+def answer(engine: Engine, session: str, count: int = 12, **params: object) -> list[int]:
+    tokens, asked = ask(engine, session, count, **params)
+    assert asked.done.result(SECONDS) == "length"
+    return tokens
+
+
+def fill(engine: Engine, session: str, stream: list[int], *, mark: bool = False) -> None:
+    engine.append(session, stream)
+    if mark:
+        engine.mark(session)
+    engine.flush(session).result(SECONDS)
+
+
+POLICIES = sorted({config.policy: name for name, config in reversed(MATRIX.items())}.values())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_i4_a_restored_session_continues_as_if_never_interrupted(make_engine, policy):
+    engine = make_engine(segment=MATRIX[policy])
+    engine.open("s")
+    fill(engine, "s", STREAM[:70], mark=True)
+    engine.append("s", STREAM[70:73])  # still waiting when the snapshot is taken
+    engine.mark("s")
+    data = engine.snapshot("s")
+    engine.append("s", STREAM[73:])
+    expected = answer(engine, "s", temperature=1.0, seed=3)
+    other = make_engine(segment=MATRIX[policy])
+    other.restore("t", data)
+    other.append("t", STREAM[73:])
+    assert answer(other, "t", temperature=1.0, seed=3) == expected
+    assert len(set(expected)) > 3
+
+
+def test_i4_in_another_process_bit_for_bit(tiny_lm, tmp_path):
+    """bf16, past KV in a shared folder: the other process gives the same bytes of state as this one, later."""
+    lm = CausalLM(tiny_model(dtype=torch.bfloat16))
+    shared = tmp_path / "shared"
+    engine = engine_of(lm, cache=CacheConfig(shared=str(shared)))
+    engine.open("s")
+    fill(engine, "s", STREAM[:75], mark=True)
+    engine.check_integrity()
+    (tmp_path / "snapshot").write_bytes(engine.snapshot("s"))
+    tokens = answer(engine, "s", 30)
+    later = engine.snapshot("s")
+    engine.shutdown()
+    code = f"""
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from segcore.config import CacheConfig
+from segcore.model import CausalLM
+from tests.conftest import tiny_model
+from tests.segcore.test_engine_sessions import answer, engine_of
+engine = engine_of(CausalLM(tiny_model(dtype=torch.bfloat16)), cache=CacheConfig(shared={str(shared)!r}))
+engine.restore("s", Path({str(tmp_path / "snapshot")!r}).read_bytes())
+assert engine.session_stats("s").tokens == 75
+print(answer(engine, "s", 30))
+Path({str(tmp_path / "later")!r}).write_bytes(engine.snapshot("s"))
+assert not engine.stats().faults, engine.stats().faults
+engine.shutdown()
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tokens)
+    assert (tmp_path / "later").read_bytes() == later
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_tokens_alone_bring_a_session_back(make_engine, policy):
+    """No tier has the blocks, and the state in the snapshot is damaged: the tokens are run again."""
+    engine = make_engine(segment=MATRIX[policy])
+    engine.open("s")
+    fill(engine, "s", STREAM[:40], mark=True)
+    answer(engine, "s", 5)
+    fill(engine, "s", STREAM[40:], mark=True)
+    data = bytearray(engine.snapshot("s"))
+    at = data.index(b"window.0.0.v_HND")
+    header = int.from_bytes(data[:8], "little")
+    import json
+
+    begin, end = json.loads(data[8 : 8 + header])["state.window.0.0.v_HND"]["data_offsets"]
+    assert at < 8 + header
+    data[8 + header + (begin + end) // 2] ^= 0x40
+    other = make_engine(segment=MATRIX[policy])
+    other.restore("s", bytes(data))
+    assert answer(other, "s") == answer(engine, "s")
+
+
+def test_a_snapshot_of_another_model_configuration_or_tenant_is_refused(make_engine):
+    engine = make_engine(model="a")
+    engine.open("s", tenant="one")
+    fill(engine, "s", STREAM)
+    data = engine.snapshot("s")
+    with pytest.raises(BlockMismatch, match="another model"):
+        make_engine(model="b").restore("s", data, tenant="one")
+    with pytest.raises(BlockMismatch, match="another segment"):
+        make_engine(model="a", segment=tiny_segment(tail_tokens=7)).restore("s", data, tenant="one")
+    with pytest.raises(BlockMismatch, match="another tenant"):
+        make_engine(model="a").restore("s", data)
+    with pytest.raises(AlreadyExists):
+        engine.restore("s", data, tenant="one")
+
+
+@pytest.mark.parametrize("spoil", [lambda d: d[:100], lambda d: b"", lambda d: d[:-1], lambda d: b"x" * 50])
+def test_a_broken_snapshot_is_refused(make_engine, spoil):
+    engine = make_engine()
+    engine.open("s")
+    fill(engine, "s", STREAM)
+    with pytest.raises(BlockDamaged):
+        engine.restore("t", spoil(engine.snapshot("s")))
+    with pytest.raises(NotFound):
+        engine.flush("t")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_i5_a_fork_and_its_parent_continue_as_if_alone(make_engine, policy):
+    alone = make_engine(segment=MATRIX[policy])
+    for name, end in (("a", STREAM[:30]), ("b", STREAM[30:70])):
+        alone.open(name)
+        fill(alone, name, STREAM + end)
+    expected = {name: answer(alone, name) for name in "ab"}
+    engine = make_engine(segment=MATRIX[policy])
+    engine.open("a")
+    fill(engine, "a", STREAM)
+    engine.fork("a", "b")
+    engine.append("a", STREAM[:30])
+    engine.append("b", STREAM[30:70])
+    for name in "ab":
+        engine.flush(name).result(SECONDS)
+    asked = {name: ask(engine, name) for name in "ab"}
+    for _, generation in asked.values():
+        generation.done.result(SECONDS)
+    # The passes before the fork ended elsewhere than alone: in fp64 that changes nothing.
+    assert {name: tokens for name, (tokens, _) in asked.items()} == expected
+    engine.close("a")
+    assert len(answer(engine, "b", 3)) == 3
+
+
+def test_a_fork_shares_blocks_and_does_not_copy_them(make_engine):
+    engine = make_engine()
+    engine.open("a")
+    fill(engine, "a", STREAM)
+    before = engine.stats().past_bytes
+    engine.fork("a", "b")
+    assert engine.stats().past_bytes == before
+    with pytest.raises(AlreadyExists):
+        engine.fork("a", "b")
+    with pytest.raises(NotFound):
+        engine.fork("absent", "c")
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_i6_tokens_do_not_depend_on_what_else_is_in_the_batch(make_engine, policy, slots):
+    """Also when states take turns on fewer slots than there are sessions."""
+    streams = {f"s{i}": STREAM[i * 7 :] + STREAM[: i * 9] for i in range(5)}
+    expected = {}
+    for name, stream in streams.items():
+        alone = make_engine(segment=MATRIX[policy])
+        alone.open(name)
+        alone.append(name, stream)
+        expected[name] = answer(alone, name)
+    engine = make_engine(segment=MATRIX[policy], slots=slots, slot_steps=3, decodes_per_chunk=2)
+    asked = {}
+    for name, stream in streams.items():
+        engine.open(name)
+        engine.append(name, stream)
+        asked[name] = ask(engine, name)
+    for _, generation in asked.values():
+        generation.done.result(SECONDS)
+    assert {name: tokens for name, (tokens, _) in asked.items()} == expected
+
+
+def test_i6_holds_to_the_last_bit_in_bf16():
+    """One width for all decode passes: company changes no bit, where it otherwise would."""
+    lm = CausalLM(tiny_model(dtype=torch.bfloat16))
+    states = []
+    for company in (0, 3):
+        engine = engine_of(lm, slots=4)
+        names = [f"s{i}" for i in range(company + 1)]
+        for i, name in enumerate(names):
+            engine.open(name)
+            fill(engine, name, STREAM[i:])
+        asked = [ask(engine, name, 40) for name in names]
+        for _, generation in asked:
+            generation.done.result(SECONDS)
+        states.append(engine.snapshot("s0"))
+        engine.shutdown()
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_rewound_session_is_as_it_was_then(make_engine, policy):
+    engine = make_engine(segment=MATRIX[policy])
+    engine.open("s")
+    engine.append("s", STREAM[:48])
+    expected = answer(engine, "s")
+    fill(engine, "s", STREAM, mark=True)
+    for boundary in (48, 16, 0):
+        engine.rewind("s", boundary)
+        engine.append("s", STREAM[boundary:48])
+        assert answer(engine, "s") == expected
+    assert engine.session_stats("s").tokens == 48 + 11
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 96, -16])
+def test_a_session_goes_back_to_closed_boundaries_alone(make_engine, tokens):
+    engine = make_engine()
+    engine.open("s")
+    fill(engine, "s", STREAM)
+    with pytest.raises(InvalidRequest, match="a multiple of 16 up to 80"):
+        engine.rewind("s", tokens)
+    engine.append("s", STREAM)
+    _, asked = ask(engine, "s", 10**6)
+    with pytest.raises(FailedPrecondition, match="answering"):
+        engine.rewind("s", 16)
+    engine.abort(asked)
+    asked.done.result(SECONDS)
+
+
+def passes(engine: Engine) -> list[int]:
+    """Tokens of every forward pass from now on."""
+    seen: list[int] = []
+    forward = engine._runner.forward
+
+    def counted(tokens_BT, *args, **kwargs):
+        seen.append(tokens_BT.shape[1])
+        return forward(tokens_BT, *args, **kwargs)
+
+    engine._runner.forward = counted  # type: ignore[method-assign]
+    return seen
+
+
+def test_a_document_is_prefilled_once(make_engine, tmp_path):
+    """The second session over the same tokens runs what isn't in whole segments, and nothing else."""
+    engine = make_engine(cache=CacheConfig(directory=tmp_path))
+    engine.open("a")
+    engine.append("a", STREAM)
+    expected = answer(engine, "a")
+    engine.close("a")  # its blocks stay for the next
+    seen = passes(engine)
+    engine.open("b")
+    engine.append("b", STREAM)
+    assert answer(engine, "b") == expected
+    assert sum(seen) == len(STREAM) - 80 + 11
+    seen.clear()
+    engine.open("c", tenant="another")
+    engine.append("c", STREAM)
+    assert answer(engine, "c") == expected
+    assert sum(seen) == len(STREAM) + 11
+
+
+def test_a_document_that_differs_late_is_shared_until_there(make_engine):
+    engine = make_engine()
+    engine.open("a")
+    fill(engine, "a", STREAM)
+    other = [*STREAM[:50], 1 if STREAM[50] == 0 else 0, *STREAM[51:]]
+    seen = passes(engine)
+    engine.open("b")
+    engine.append("b", other)
+    tokens = answer(engine, "b")
+    assert sum(seen) == len(other) - 48 + 11
+    alone = make_engine()
+    alone.open("b")
+    alone.append("b", other)
+    assert answer(alone, "b") == tokens
+
+
+def test_an_answer_right_after_adopted_segments(make_engine):
+    """The stream ends where the last adopted segment ends: the logits come with it."""
+    engine = make_engine()
+    for name in "ab":
+        engine.open(name)
+        engine.append(name, STREAM[:80])
+        engine.flush(name).result(SECONDS)
+    assert answer(engine, "a") == answer(engine, "b")
+
+
+def test_what_the_next_refresh_may_need_is_read_while_the_model_runs(make_engine, tmp_path, monkeypatch):
+    """Little host memory: most blocks are on disk alone, and a close finds some of its rows in memory already."""
+    block = 16 * 4 * 2 * 8 * 8
+    asked: list[torch.Tensor] = []
+    prefetch = SessionPast.prefetch
+
+    def noted(past: SessionPast, positions: torch.Tensor) -> None:
+        asked.append(positions)
+        prefetch(past, positions)
+
+    monkeypatch.setattr(SessionPast, "prefetch", noted)
+    engine = make_engine(cache=CacheConfig(directory=tmp_path, host_bytes=6 * block))
+    engine.open("s")
+    fill(engine, "s", STREAM)
+    assert asked
+    assert {positions.shape[1] for positions in asked} == {8}
+    plenty = make_engine()
+    plenty.open("s")
+    asked.clear()
+    fill(plenty, "s", STREAM)
+    assert not asked
+    assert answer(plenty, "s") == answer(engine, "s")
+
+
+class Sessions(RuleBasedStateMachine):
+    """Anything a caller may do, in any order: at each answer, the tokens are those of a fresh engine that is fed the
+    same stream at once. Budgets are small, slots few, and blocks get lost."""
+
+    segment: SegmentConfig = tiny_segment()
+    lm = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        Sessions.lm = Sessions.lm or CausalLM(tiny_model())
+        block = 16 * 4 * 2 * 8 * 8
+        self.engine = engine_of(Sessions.lm, slots=2, slot_steps=2, cache=CacheConfig(host_bytes=200 * block))
+        self.streams: dict[str, list[int]] = {}
+        self.marks: dict[str, set[int]] = {}
+        self.count = 0
+
+    def teardown(self) -> None:
+        self.engine.check_integrity()
+        self.engine.shutdown()
+
+    def pick(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(sorted(self.streams)))
+
+    @precondition(lambda self: len(self.streams) < 4)
+    @rule()
+    def open(self) -> None:
+        self.count += 1
+        self.engine.open(f"s{self.count}")
+        self.streams[f"s{self.count}"], self.marks[f"s{self.count}"] = [], set()
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data(), first=st.integers(0, 3), count=st.integers(1, 40))
+    def append(self, data: st.DataObject, first: int, count: int) -> None:
+        name = self.pick(data)
+        self.engine.append(name, STREAM[first : first + count])
+        self.streams[name] += STREAM[first : first + count]
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data())
+    def mark(self, data: st.DataObject) -> None:
+        name = self.pick(data)
+        self.engine.mark(name)
+        self.marks[name].add(len(self.streams[name]))
+
+    @precondition(lambda self: 0 < len(self.streams) < 4)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        name, self.count = self.pick(data), self.count + 1
+        self.engine.fork(name, f"s{self.count}")
+        self.streams[f"s{self.count}"] = list(self.streams[name])
+        self.marks[f"s{self.count}"] = set(self.marks[name])
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data())
+    def rewind(self, data: st.DataObject) -> None:
+        name = self.pick(data)
+        self.engine.flush(name).result(SECONDS)
+        segments = data.draw(st.integers(0, len(self.streams[name]) // 16))
+        self.engine.rewind(name, 16 * segments)
+        del self.streams[name][16 * segments :]
+        self.marks[name] = {m for m in self.marks[name] if m < 16 * segments}
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data())
+    def restore(self, data: st.DataObject) -> None:
+        name = self.pick(data)
+        snapshot = self.engine.snapshot(name)
+        self.engine.close(name)
+        self.engine.restore(name, snapshot)
+
+    @rule()
+    def lose_blocks(self) -> None:
+        """Every block is gone from memory, and there is nowhere else to look."""
+        with self.engine._changed:
+            self.engine._changed.wait_for(lambda: not self.engine._stepping)
+            for key in self.engine._past._host.keys:
+                self.engine._past._host.delete(key)
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        name = self.pick(data)
+        self.engine.close(name)
+        del self.streams[name], self.marks[name]
+
+    @precondition(lambda self: any(self.streams.values()))
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(n for n, stream in self.streams.items() if stream)))
+        tokens = answer(self.engine, name, 3)
+        assert tokens == self.expected(name)
+        self.streams[name] += tokens
+
+    def expected(self, name: str) -> list[int]:
+        assert Sessions.lm is not None
+        engine, stream = engine_of(Sessions.lm), self.streams[name]
+        engine.open("s")
+        cuts = sorted({0, len(stream), *self.marks[name]})
+        for start, stop in zip([*cuts[:-1]], cuts[1:], strict=True):
+            if start in self.marks[name]:
+                engine.mark("s")
+            engine.append("s", stream[start:stop])
+        if len(stream) in self.marks[name]:
+            engine.mark("s")
+        tokens = answer(engine, "s", 3)
+        engine.shutdown()
+        return tokens
+
+    @invariant()
+    def nothing_failed(self) -> None:
+        assert all(session.failure is None for session in self.engine._sessions.values())
+
+
+TestSessions = Sessions.TestCase
+TestSessions.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)

@@ -1,0 +1,286 @@
+"""Indexes of selector keys: the same past gives the same choice however it came, and the oracle's wherever promised."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segcore.retrieval import INDEXES, choose_blocks, make_index, score_tokens
+from segcore.retrieval import base as index_base
+from segcore.retrieval import pages as index_pages
+from segcore.retrieval.base import IndexSpec
+from segcore.retrieval.choose import best_of_blocks
+from segcore.retrieval.lowrank import LowRankIndex, _compress, _window_max
+from segcore.retrieval.pages import Pages
+
+CPU = torch.device("cpu")
+C, G, W, D, SEGMENT, BLOCK, TOKENS = 2, 3, 5, 16, 24, 4, 16
+
+
+@pytest.fixture(autouse=True)
+def _small_pages(monkeypatch):
+    """Pages of four segments and scans of two at a time, so that short streams cross every boundary."""
+    monkeypatch.setattr(index_pages, "PAGE_ROWS", 4)
+    monkeypatch.setattr("segcore.retrieval.exhaustive.PAGE_ROWS", 4)
+    monkeypatch.setitem(index_base._SCRATCH_NUMBERS, "cpu", 2 * C * G * W * SEGMENT)
+
+
+def spec(dtype=torch.float64, budget=2**30, selectors=C, head_dim=D, block=BLOCK):
+    return IndexSpec(
+        selectors=selectors, head_dim=head_dim, dtype=dtype, device=CPU, block=block, device_budget_bytes=budget
+    )
+
+
+def correlated(tokens, seed, dtype=torch.float64):
+    """Keys and queries whose standard deviations fall off over random directions, as real ones' do, plus means."""
+    rng = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(C, D, D, generator=rng, dtype=torch.float64))[0]
+    std = 2 / (1 + (torch.arange(D) / 4.0) ** 6).sqrt()
+    keys = (torch.randn(C, tokens, D, generator=rng, dtype=torch.float64) * std + 2) @ basis.mT
+    queries = (torch.randn(C, G, W, D, generator=rng, dtype=torch.float64) * std + 1) @ basis.mT[:, None]
+    return keys.to(dtype), [q.to(dtype) for q in queries]
+
+
+def filled(index, keys, segment=SEGMENT):
+    for part in keys.split(segment, dim=1):
+        index.append(part)
+    return index
+
+
+def oracle(keys, queries, **limits):
+    return choose_blocks(score_tokens(queries, [keys], keys.shape[-1] ** -0.5), **limits).tolist()
+
+
+def limits_for(length, tokens=TOKENS, first=2, tail=3, block=BLOCK):
+    return {"first": first, "stop": length - tail, "tokens": tokens, "block": block}
+
+
+@st.composite
+def pasts(draw):
+    keys, queries = correlated(SEGMENT * draw(st.integers(1, 11)), draw(st.integers(0, 2**16)))
+    length = keys.shape[1]
+    first, stop = draw(st.integers(0, length)), draw(st.integers(0, length))
+    return keys, queries, {"first": first, "stop": stop, "tokens": BLOCK * draw(st.integers(0, 5)), "block": BLOCK}
+
+
+@settings(deadline=None)
+@given(pasts(), st.sampled_from([0, 5000, 2**30]))
+def test_the_exhaustive_index_is_the_oracle(case, budget):
+    keys, queries, limits = case
+    index = filled(INDEXES["exhaustive"](spec(budget=budget)), keys)
+    chosen = index.search(queries, **limits)
+    assert chosen.tolist() == oracle(keys, queries, **limits)
+    assert chosen.dtype == torch.long
+
+
+@settings(deadline=None)
+@given(pasts(), st.sampled_from([0, 2000, 2**30]))
+def test_i9_the_shipped_index_selects_what_the_oracle_selects_when_all_are_candidates(case, budget):
+    keys, queries, limits = case
+    index = filled(LowRankIndex(spec(budget=budget), oversampling=2**20), keys)
+    assert index.search(queries, **limits).tolist() == oracle(keys, queries, **limits)
+
+
+@settings(deadline=None)
+@given(pasts(), st.sampled_from([0, 2000, 2**30]), st.integers(0, 3))
+def test_i9_candidates_are_judged_by_their_exact_keys(case, budget, misled):
+    """Estimates that are all wrong, but name enough candidates, change nothing: every finite block is a candidate."""
+    keys, queries, limits = case
+    blocks = -(-limits["stop"] // BLOCK)
+    wanted = limits["tokens"] // BLOCK
+    index = filled(LowRankIndex(spec(budget=budget)), keys)
+    # The rescoring path: one candidate fewer than there are blocks, and a first block that is none.
+    limits["first"] = max(limits["first"], BLOCK)
+    index._oversampling = max(1, (blocks - 1) // max(1, wanted))
+    if index._oversampling * wanted < blocks - 1:
+        return
+    rng = torch.Generator().manual_seed(misled)
+    index._codes = garbled(index._codes, rng)
+    assert index.search(queries, **limits).tolist() == oracle(keys, queries, **limits)
+
+
+def test_tokens_that_are_no_candidates_do_not_speak_for_their_block():
+    """`first` and `stop` lie inside blocks, and the tokens just beyond them would score best of all."""
+    keys, queries = correlated(4 * SEGMENT, 0)
+    first, stop = 6, 4 * SEGMENT - 2
+    keys[:, [first - 1, stop]] = 100 * queries[0].mean(dim=(0, 1))
+    index = filled(INDEXES["exhaustive"](spec(budget=0)), keys)
+    scores = score_tokens(queries, [keys], D**-0.5)
+    expected = best_of_blocks([scores], first=first, stop=stop, block=BLOCK)
+    got = index.best_of(queries, torch.arange(1, len(expected)), first=first, stop=stop)
+    torch.testing.assert_close(got, expected[1:])
+
+
+def test_blocks_without_candidates_stay_out():
+    """Most blocks end before `first`, and the first token that is a candidate scores best of all."""
+    keys, queries = correlated(8 * SEGMENT, 0)
+    limits = limits_for(8 * SEGMENT, first=160)
+    keys[:, 160] = 100 * queries[0].mean(dim=(0, 1))
+    index = filled(LowRankIndex(spec(), oversampling=11), keys)
+    assert index.search(queries, **limits).tolist() == oracle(keys, queries, **limits)
+
+
+def garbled(codes, rng):
+    other = Pages(codes._row_shape, codes._dtype, CPU, codes._device_rows)
+    for page in codes:
+        for row in page:
+            other.append(torch.randint(-127, 128, row.shape, generator=rng, dtype=torch.int8))
+    return other
+
+
+@pytest.mark.parametrize("name", INDEXES)
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_appends_forks_and_cuts_in_any_order_equal_a_fresh_index(name, data):
+    """A random life of some indexes beside plain lists of segments: each searches as one built from its list."""
+    budget = data.draw(st.sampled_from([0, 6000, 2**30]))
+    index_spec = spec(torch.bfloat16, budget)
+    lives = [(INDEXES[name](index_spec), [])]
+    for seed in range(data.draw(st.integers(1, 25))):
+        index, segments = lives[data.draw(st.integers(0, len(lives) - 1))]
+        act = data.draw(st.sampled_from(["append", "append", "append", "fork", "cut"]))
+        if act == "append":
+            keys, _ = correlated(SEGMENT, seed, torch.bfloat16)
+            index.append(keys)
+            segments.append(keys)
+        elif act == "fork":
+            lives.append((index.fork(), list(segments)))
+        else:
+            kept = data.draw(st.integers(0, len(segments)))
+            index.truncate(kept * SEGMENT)
+            del segments[kept:]
+    _, queries = correlated(1, 99, torch.bfloat16)
+    for index, segments in lives:
+        assert index.length == len(segments) * SEGMENT
+        if segments:
+            fresh = filled(INDEXES[name](index_spec), torch.cat(segments, dim=1))
+            limits = limits_for(index.length, tokens=BLOCK)
+            assert torch.equal(index.search(queries, **limits), fresh.search(queries, **limits))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 11), st.integers(0, 2**16), st.integers(1, 9))
+def test_scans_in_pieces_estimate_what_one_scan_does(segments, seed, step):
+    keys, queries = correlated(segments * SEGMENT, seed, torch.float32)
+    index = filled(LowRankIndex(spec(torch.float32)), keys)
+    pieces = {}
+    for size in (step, 100):
+        index_base._SCRATCH_NUMBERS["cpu"] = size * C * G * W * SEGMENT
+        pieces[size] = torch.cat(list(index._estimates(queries)))
+    torch.testing.assert_close(pieces[step], pieces[100], atol=1e-4, rtol=1e-5)
+    assert len(pieces[step]) == segments * SEGMENT
+    exact = score_tokens(queries, [keys], 1.0)
+    assert (pieces[step] - exact).abs().mean() < 0.2 * exact.std()
+
+
+def test_blocks_need_not_end_where_segments_do():
+    keys, queries = correlated(8 * SEGMENT, 5)
+    limits = limits_for(8 * SEGMENT, tokens=21, block=7)
+    for name, options in (("exhaustive", {}), ("lowrank", {"oversampling": 6})):
+        index = filled(INDEXES[name](spec(block=7), **options), keys)
+        assert index.search(queries, **limits).tolist() == oracle(keys, queries, **limits)
+
+
+def realistic(tokens, seed):
+    """Keys of the default model's shape and spectrum, and queries that look everywhere: the hardest to rank."""
+    rng = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(2, 64, 64, generator=rng))[0]
+    std = 2 / (1 + (torch.arange(64) / 14) ** 6).sqrt()
+    mean = 15 * torch.nn.functional.normalize(torch.randn(2, 1, 64, generator=rng) * std, dim=-1)
+    keys = mean + torch.randn(2, tokens, 64, generator=rng) * std
+    queries = torch.randn(2, 3, 64, 64, generator=rng) * std
+    return (keys @ basis.mT).bfloat16(), list((queries @ basis.mT[:, None]).bfloat16())
+
+
+def test_recall_and_memory_of_the_shipped_index(monkeypatch):
+    """With a quarter of its candidates: at this length all of them would hide a bad estimate."""
+    monkeypatch.setattr(index_pages, "PAGE_ROWS", 64)
+    monkeypatch.setattr("segcore.retrieval.exhaustive.PAGE_ROWS", 64)
+    monkeypatch.setitem(index_base._SCRATCH_NUMBERS, "cpu", 2**20)
+    length, recall = 32768, []
+    limits = {"first": 4, "stop": length - 256, "tokens": 512, "block": 16}
+    default = spec(torch.bfloat16, head_dim=64, block=16)
+    for seed in range(3):
+        keys, queries = realistic(length, seed)
+        shipped = filled(LowRankIndex(default, oversampling=4), keys, 1024)
+        exact = filled(INDEXES["exhaustive"](default), keys, 1024)
+        right = exact.search(queries, **limits)
+        recall.append(torch.isin(right, shipped.search(queries, **limits)).float().mean().item())
+        assert shipped.device_bytes <= 64 * length
+        assert shipped.host_bytes == exact.device_bytes == 256 * length
+        assert exact.host_bytes == 0
+    assert min(recall) >= 0.95, recall
+
+
+@pytest.mark.parametrize(("name", "budget"), [("exhaustive", 30_000), ("lowrank", 5_000)])
+def test_the_device_budget_is_kept(name, budget):
+    keys, _ = correlated(11 * SEGMENT, 0)
+    plenty, tight = (filled(INDEXES[name](spec(budget=most)), keys) for most in (2**30, budget))
+    assert 0 < tight.device_bytes <= budget < plenty.device_bytes
+    assert tight.device_bytes + tight.host_bytes == plenty.device_bytes + plenty.host_bytes
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_a_fork_shares_full_pages(name):
+    index = filled(INDEXES[name](spec()), correlated(4 * SEGMENT, 0)[0])
+    twin = index.fork()
+    twin.append(correlated(SEGMENT, 1)[0])
+    pages = [table for table in vars(index._exact if name == "lowrank" else index).values() if isinstance(table, Pages)]
+    twins = [table for table in vars(twin._exact if name == "lowrank" else twin).values() if isinstance(table, Pages)]
+    assert all(a.page(0) is b.page(0) for a, b in zip(pages, twins, strict=True))
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_a_cut_into_a_page_that_a_fork_reads_leaves_the_fork_alone(name):
+    keys, queries = correlated(10 * SEGMENT, 0)
+    index = filled(INDEXES[name](spec()), keys[:, : 8 * SEGMENT])
+    twin = index.fork()
+    filled(index, keys[:, 8 * SEGMENT :])
+    index.truncate(5 * SEGMENT)
+    others = correlated(3 * SEGMENT, 1)[0]
+    filled(index, others)
+    limits = limits_for(8 * SEGMENT, first=5 * SEGMENT)
+    now = torch.cat([keys[:, : 5 * SEGMENT], others], dim=1)
+    assert twin.search(queries, **limits).tolist() == oracle(keys, queries, **limits)
+    assert index.search(queries, **limits).tolist() == oracle(now, queries, **limits)
+
+
+def test_keys_are_detached():
+    keys = correlated(SEGMENT, 0)[0].requires_grad_()
+    for name in INDEXES:
+        index = filled(INDEXES[name](spec()), keys)
+        assert not next(iter(index._exact._keys if name == "lowrank" else index._keys)).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shift", [-9.0, 0.0, 9.0])
+def test_window_max_is_the_maximum(dtype, shift):
+    similarity = (torch.randn(4, 3, 8, 50, generator=torch.Generator().manual_seed(0)) + shift).to(dtype)
+    similarity[0, 0, :, 0] = -0.0
+    assert torch.equal(_window_max(similarity), similarity.amax(dim=2))
+
+
+def test_codes_of_all_directions_give_the_keys_back():
+    keys, _ = correlated(SEGMENT, 3, torch.float32)
+    codes, decoder = _compress(keys, D)
+    torch.testing.assert_close((decoder @ codes.float()).mT, keys, atol=0.1, rtol=0)
+    zero, decoder = _compress(torch.zeros(C, SEGMENT, D), 3)
+    assert not (decoder @ zero.float()).any()
+
+
+def test_a_segment_of_another_length_is_refused():
+    for name in INDEXES:
+        index = filled(INDEXES[name](spec()), correlated(SEGMENT, 0)[0])
+        with pytest.raises(AssertionError):
+            index.append(correlated(SEGMENT - 1, 0)[0])
+        with pytest.raises(AssertionError):
+            index.truncate(SEGMENT - 1)
+
+
+def test_every_index_is_made_by_name():
+    for name, kind in INDEXES.items():
+        made = make_index(name, **{k: v for k, v in dataclasses.asdict(spec()).items() if k != "device_budget_bytes"})
+        assert type(made) is kind
+        assert (made.length, made.device_bytes, made.host_bytes) == (0, 0, 0)
