@@ -1,6 +1,6 @@
 """The engine beside Hugging Face's generate, the same model on the same tokens, in turn, on this machine.
 
-.venv/bin/python benchmarks/engine_cpu.py        # writes benchmarks/results/engine_cpu.json
+.venv/bin/python -m benchmarks.engine_cpu        # writes benchmarks/results/engine_cpu.json
 
 Every run is a process of its own, so that its peak memory is its own. Peak memory is what the process held at most,
 less what it held once the model was loaded: keys, values, states and scratch. The engine keeps past KV on disk, with
@@ -29,7 +29,7 @@ import torch
 import segcore
 from benchmarks.record import ROOT, Figure, write
 
-COMMAND = "benchmarks/engine_cpu.py"
+COMMAND = "-m benchmarks.engine_cpu"
 # Tokens of the prompt, and how often each is run.
 LENGTHS = {2048: 5, 8192: 3, 32768: 1}
 ANSWER_TOKENS = 33
