@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from segcore.config import EngineConfig
 from segcore.engine.request import Flush, Generation, Mark, Session, Step
@@ -81,7 +80,7 @@ class Engine:
         self._past = PastKVManager(config.cache, self.fingerprint, model.spec.device)
         self._scheduler = Scheduler(config)
         self._sessions: dict[str, Session] = {}
-        self._blank = pack(self._runner.begin(), torch.device("cpu"))
+        self._blank = pack(self._runner.begin())
         # Guards the fields above and what other threads see of a session. The thread holds it to pick a turn, not
         # while the model runs; the sessions whose turn it is are `_stepping`.
         self._changed = threading.Condition()
@@ -97,7 +96,9 @@ class Engine:
         Raises AlreadyExists, and Busy when `max_sessions` are open.
         """
         with self._changed:
-            self._add(session_id, tenant, self._past.open_stream(self._runner.policy.layout, tenant), self._blank)
+            self._check_new(session_id)
+            past = self._past.open_stream(self._runner.policy.layout, tenant)
+            self._add(Session(session_id, past, State([]), parked=self._blank))
 
     def close(self, session_id: str) -> None:
         """End a stream and let go of all it holds. Work under way is cancelled. Raises NotFound."""
@@ -171,7 +172,7 @@ class Engine:
         with self._changed:
             session = self._at_rest(session_id)
             self._check_new(new_id)
-            self._adopt(new_id, session.tenant, self._snapshot(session), session.past.fork())
+            self._continue(new_id, self._snapshot(session), session.past.fork())
 
     def snapshot(self, session_id: str) -> bytes:
         """The session as bytes, for `restore` here or in another process. Blocks of past KV aren't in it: they are
@@ -192,7 +193,7 @@ class Engine:
             if past.root != snapshot.root:
                 raise BlockMismatch("the snapshot is another tenant's", fields="tenant")
             past.journal = snapshot.journal
-            self._adopt(session_id, tenant, snapshot, past)
+            self._continue(session_id, snapshot, past)
 
     def rewind(self, session_id: str, tokens: int) -> None:
         """Go back to where the stream had `tokens` tokens, the end of a closed segment or 0; forget what came after.
@@ -284,38 +285,37 @@ class Engine:
         if len(self._sessions) >= self.config.max_sessions:
             raise Busy(f"all {self.config.max_sessions} sessions are in use; delete one or try later")
 
-    def _add(self, session_id: str, tenant: str, past: SessionPast, parked: dict[str, Tensor]) -> Session:
-        self._check_new(session_id)
-        session = Session(session_id, past, State([]), tenant=tenant, parked=parked)
-        self._sessions[session_id] = session
+    def _add(self, session: Session) -> None:
+        self._sessions[session.id] = session
         self._scheduler.add(session)
-        return session
+        self._changed.notify_all()
 
     def _snapshot(self, session: Session) -> Snapshot:
-        tensors = session.parked or pack(session.state, torch.device("cpu"))
+        tensors = session.parked or pack(session.state)
         if session.logits_V is not None:
             tensors = tensors | {"logits": session.logits_V.cpu()}
         marks = tuple(position for position, control in session.controls if isinstance(control, Mark))
         past = session.past
         return Snapshot(past.root, past.journal.copy(), past.keys, session.pending.copy(), marks, tensors)
 
-    def _adopt(self, session_id: str, tenant: str, snapshot: Snapshot, past: SessionPast) -> None:
-        """A new session that continues a snapshot."""
-        session = self._add(session_id, tenant, past, self._blank)
-        session.pending = snapshot.pending
+    def _continue(self, session_id: str, snapshot: Snapshot, past: SessionPast) -> None:
+        """A new session that continues a snapshot; none, if that fails."""
+        session = Session(session_id, past, State([]), pending=snapshot.pending)
         session.appended = len(past.journal.tokens) + len(session.pending)
         session.controls.extend((position, Mark()) for position in snapshot.marks)
-        with torch.inference_mode():
-            whole = self._regain(past, snapshot.keys) and snapshot.tensors is not None
-            if whole:
-                assert snapshot.tensors is not None
-                logits = snapshot.tensors.get("logits")
-                session.logits_V = None if logits is None else logits.to(self.spec.device)
-                state = unpack(snapshot.tensors, self._runner.policy)
-            else:
-                state, session.logits_V = self._steps.resume(session, past.segments)
+        try:
+            with torch.inference_mode():
+                if self._regain(past, snapshot.keys) and snapshot.tensors is not None:
+                    logits = snapshot.tensors.get("logits")
+                    session.logits_V = None if logits is None else logits.to(self.spec.device)
+                    state = unpack(snapshot.tensors, self._runner.policy)
+                else:
+                    state, session.logits_V = self._steps.resume(session, past.segments)
+        except Exception:
+            past.truncate(0)
+            raise
         self._place(session, state)
-        self._changed.notify_all()
+        self._add(session)
 
     def _regain(self, past: SessionPast, keys: Sequence[str]) -> bool:
         """Take up a past's blocks again, as far as they are there without a gap; whether all are."""

@@ -64,7 +64,6 @@ class Session:
     id: str
     past: SessionPast
     state: State
-    tenant: str = ""
     appended: int = 0
     pending: deque[int] = field(default_factory=deque)
     controls: deque[tuple[int, Flush | Mark | Generation]] = field(default_factory=deque)

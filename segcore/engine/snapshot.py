@@ -27,19 +27,20 @@ from segcore.state import State, Window
 _FIELDS = ("k_HND", "rotated_HND", "v_HND")
 
 
-def pack(state: State, device: torch.device | None = None) -> dict[str, Tensor]:
-    """The state's live tensors, copied to `device`, or to where they are."""
+def pack(state: State) -> dict[str, Tensor]:
+    """The state's live tensors, copied to host memory."""
+    host = torch.device("cpu")
     tensors = {
         "counts": torch.tensor([state.length, state.filled, state.events]),
         "retrieved": state.retrieved_CR.clone(),
     }
-    tensors |= {f"queries.{i}": _copy(q, device) for i, q in enumerate(state.queries)}
+    tensors |= {f"queries.{i}": _copy(q, host) for i, q in enumerate(state.queries)}
     for layer, windows in enumerate(state.layers):
         for i, window in enumerate(windows):
             stop, name = window.base + state.filled, f"window.{layer}.{i}"
             tensors[f"{name}.rows"] = torch.tensor([window.start, window.base, window.position, window.k_HND.shape[1]])
             for field in _FIELDS:
-                tensors[f"{name}.{field}"] = _copy(getattr(window, field)[:, window.start : stop], device)
+                tensors[f"{name}.{field}"] = _copy(getattr(window, field)[:, window.start : stop], host)
     return tensors
 
 
@@ -65,8 +66,8 @@ def _restore(window: Window, rows: list[int], live: list[Tensor]) -> None:
     window.write(window.start, *live)
 
 
-def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:
-    return tensor.to(device or tensor.device, copy=True).contiguous()
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, copy=True).contiguous()
 
 
 @dataclasses.dataclass

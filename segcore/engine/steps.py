@@ -54,7 +54,7 @@ class Steps:
     def park(self, session: Session) -> None:
         """Move a session's state to host memory."""
         if session.parked is None:
-            session.parked = pack(session.state, torch.device("cpu"))
+            session.parked = pack(session.state)
             session.state.layers, session.state.queries = [], []
 
     def fail(self, session: Session, failure: SegcoreError, first: SegcoreError | None = None) -> None:

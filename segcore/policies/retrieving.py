@@ -93,15 +93,13 @@ class RetrievingPolicy(Policy[C]):
     def refresh(self, state: State, past: SessionPast) -> None:
         if not self.readers or state.closed == 0:
             return
-        sinks, tail = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
-        state.retrieved_CR = self.choose(state, past, sinks, state.closed - tail)
+        state.retrieved_CR = self._choice(state, past)
         self._insert_retrieved(state, past)
 
     def prefetch(self, state: State, past: SessionPast) -> None:
         """Guess by the queries so far; worth a search only if some of the past isn't in memory."""
         if self.readers and state.closed and not past.in_memory:
-            sinks, tail = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
-            past.prefetch(self.choose(state, past, sinks, state.closed - tail))
+            past.prefetch(self._choice(state, past))
 
     def boundary(self, state: State) -> dict[str, Tensor]:
         """Queries and choice, and the prefix of the cells that aren't in past KV."""
@@ -130,6 +128,11 @@ class RetrievingPolicy(Policy[C]):
                 write_prefix(window, self.rope, k_HTD, v_HTD)
         self._insert_retrieved(state, past)
         return state
+
+    def _choice(self, state: State, past: SessionPast) -> Tensor:
+        """What the queries so far choose, of the tokens that readers don't see anyway."""
+        sinks, tail = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
+        return self.choose(state, past, sinks, state.closed - tail)
 
     def _reads(self, layer: int, window: Window) -> bool:
         return Cell(layer, window.heads[0]) in self._column

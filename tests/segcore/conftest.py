@@ -47,7 +47,7 @@ class RedisServer:
 @pytest.fixture(scope="session")
 def _redis_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     if shutil.which("redis-server") is None:
-        pytest.skip("redis-server isn't installed")
+        pytest.fail("redis-server isn't installed: make redis")
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
     yield server
@@ -66,7 +66,7 @@ def redis_server(_redis_session: RedisServer) -> RedisServer:
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     """A server that the test may do anything to."""
     if shutil.which("redis-server") is None:
-        pytest.skip("redis-server isn't installed")
+        pytest.fail("redis-server isn't installed: make redis")
     folder = tmp_path / "redis"
     folder.mkdir()
     server = RedisServer(folder)
