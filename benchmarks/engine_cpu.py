@@ -27,7 +27,7 @@ import psutil
 import torch
 
 import segcore
-from benchmarks.record import ROOT, Figure, write
+from benchmarks.record import ROOT, Figure, records, write
 
 COMMAND = "-m benchmarks.engine_cpu"
 # Tokens of the prompt, and how often each is run.
@@ -174,7 +174,7 @@ def main() -> None:
     for figure in figures:
         print(*figure)
     if not options.dry:
-        write("engine_cpu", COMMAND, figures)
+        write("engine_cpu", records(COMMAND, figures))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,20 @@
 """The main job on this machine: 100,000 tokens streamed in over gRPC, a question, an answer.
 
-.venv/bin/python benchmarks/main_job.py          # writes benchmarks/results/main_job.json
+.venv/bin/python -m benchmarks.main_job          # writes benchmarks/results/main_job.json
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from pydoc_data import topics
 
-import psutil
+from benchmarks.record import ROOT, Figure, records, write
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "main_job.json"
-COMMAND = "benchmarks/main_job.py"
+COMMAND = "-m benchmarks.main_job"
 BYTES = 412_000
 QUESTION = "What is the assert statement used for?"
 
@@ -34,7 +29,7 @@ def measure() -> dict:
         return json.loads(figures.read_text())
 
 
-def rows(figures: dict) -> list[dict]:
+def figures_of(figures: dict) -> list[Figure]:
     early = next(size for segments, size in figures["memory"] if segments >= 2)
     late, answer = figures["memory"][-1][1], figures["answers"][0]
     past_per_token = figures["past_disk_bytes"] / (figures["segments"] * 1024)
@@ -47,19 +42,8 @@ def rows(figures: dict) -> list[dict]:
         ("first_token_after_last_byte", answer["first_token_seconds"], "s", None),
         ("decode_rate_100k", answer["tokens_per_second"], "tokens/s", None),
     ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "ray", "grpcio")}
-    common = {
-        "peer": None,
-        "machine": f"{platform.machine()} CPU, {psutil.cpu_count(logical=False)} cores",
-        "versions": versions,
-        "command": COMMAND,
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
-    return [{"name": n, "value": v, "unit": u, "target": t, **common} for n, v, u, t in values]
+    return [(name, value, unit, target, None) for name, value, unit, target in values]
 
 
 if __name__ == "__main__":
-    RESULTS.write_text(json.dumps(rows(measure()), indent=1) + "\n")
-    print(RESULTS.read_text())
+    write("main_job", records(COMMAND, figures_of(measure()), ("ray", "grpcio")))

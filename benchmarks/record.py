@@ -7,8 +7,9 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -28,8 +29,8 @@ def machine() -> str:
     return f"{platform.machine()} CPU, {psutil.cpu_count(logical=False)} cores"
 
 
-def write(topic: str, command: str, figures: Sequence[Figure], packages: Sequence[str] = ()) -> Path:
-    """Write a topic's file anew; returns its path."""
+def records(command: str, figures: Iterable[Figure], packages: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """A record for each figure, of this machine and moment."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     common = {
         "machine": machine(),
@@ -38,10 +39,10 @@ def write(topic: str, command: str, figures: Sequence[Figure], packages: Sequenc
         "commit": commit.stdout.strip(),
         "date": datetime.date.today().isoformat(),
     }
-    records = [
-        {"name": name, "value": value, "unit": unit, "target": target, "peer": peer, **common}
-        for name, value, unit, target, peer in figures
-    ]
-    path = RESULTS / f"{topic}.json"
-    path.write_text(json.dumps(records, indent=1) + "\n")
-    return path
+    names = ("name", "value", "unit", "target", "peer")
+    return [dict(zip(names, figure, strict=True)) | common for figure in figures]
+
+
+def write(topic: str, records: Sequence[dict[str, Any]]) -> None:
+    """Write a topic's file anew."""
+    (RESULTS / f"{topic}.json").write_text(json.dumps(records, indent=1) + "\n")

@@ -1,8 +1,8 @@
 """The shipped index of selector keys against the oracle: memory, time of a refresh, recall, at four lengths.
 
-.venv/bin/python benchmarks/retrieval.py                 # writes benchmarks/results/retrieval.json, docs/retrieval.png
-python benchmarks/retrieval.py --model smollm2.gguf      # on a GPU: retrieval-cuda.json, docs/retrieval-cuda.png
-python benchmarks/retrieval.py --random-weights          # without weights: synthetic keys only; times are the same
+.venv/bin/python -m benchmarks.retrieval                 # writes benchmarks/results/retrieval.json, docs/retrieval.png
+python -m benchmarks.retrieval --model smollm2.gguf      # on a GPU: retrieval-cuda.json, docs/retrieval-cuda.png
+python -m benchmarks.retrieval --random-weights          # without weights: synthetic keys only; times are the same
 
 Synthetic keys: a mean of norm 15, a topic of norm 3 per 16 segments, a vector of the token's type (Zipf over 8,192
 types) and noise of half its power; types and noise have standard deviation 2 / sqrt(1 + (i / 14)^6) in the i-th of 64
@@ -18,13 +18,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import random
-import subprocess
 import sys
 import sysconfig
 import time
@@ -36,6 +33,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.record import RESULTS, ROOT, records, write
 from segcore.config import CacheConfig, SegmentConfig
 from segcore.engine.runner import Runner
 from segcore.model import Attend, CausalLM
@@ -44,8 +42,6 @@ from segcore.presets import DEFAULT_MODEL, segment_preset
 from segcore.retrieval import KeyIndex, make_index
 from segcore.weights import LoadedModel, load_model
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 LENGTHS = {8192: "8k", 131072: "128k", 1048576: "1m", 10485760: "10m"}
 WINDOWS = 4
 HEADS, DIM, TYPES = 3, 64, 8192
@@ -231,23 +227,6 @@ def compare(index: KeyIndex, oracle: KeyIndex, window: list[Tensor], device: tor
     }
 
 
-def record(figures: Sequence[tuple], device: torch.device) -> list[dict]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        machine = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), shared"
-    common = {
-        "peer": None,
-        "machine": machine,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        "command": " ".join(["benchmarks/retrieval.py", *sys.argv[1:]]),
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
-    return [{"name": n, "value": v, "unit": u, "target": t, **common} for n, v, u, t in figures]
-
-
 def draw(rows: Sequence[dict], path: Path) -> None:
     """Recall, and time of a refresh, over the length."""
     import matplotlib
@@ -314,8 +293,9 @@ def run() -> int:
     path = RESULTS / ("retrieval.json" if device.type == "cpu" else "retrieval-cuda.json")
     # Figures of an earlier run that this one didn't measure stay.
     held = {row["name"]: row for row in (json.loads(path.read_text()) if path.exists() else [])}
-    rows = list((held | {row["name"]: row for row in record(figures, device)}).values())
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    command = " ".join(["-m benchmarks.retrieval", *sys.argv[1:]])
+    made = records(command, [(*figure, None) for figure in figures])
+    write(path.stem, list((held | {row["name"]: row for row in made}).values()))
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib isn't installed: draw the picture elsewhere, with --draw")
         return 0

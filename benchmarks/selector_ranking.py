@@ -1,31 +1,25 @@
 """Do the shipped selectors rank what is needed in streams they weren't chosen on? Other text, other facts, other seed.
 
-.venv/bin/python benchmarks/selector_ranking.py   # some ten minutes; writes benchmarks/results/selector_ranking.json
+.venv/bin/python -m benchmarks.selector_ranking   # some ten minutes; writes benchmarks/results/selector_ranking.json
 """
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import math
-import platform
 import random
 import statistics
-import subprocess
 from pathlib import Path
 
-import psutil
-
 import segcore
+from benchmarks.record import records, write
 from segcore.config import Cell
 from segcore.heads.detect import Sighting, look, recall, reciprocal_ranks
 from segcore.heads.haystack import Haystack
 from segcore.heads.probes import ADJECTIVES, NAMES, NOUNS, PLACES, ProbeConfig, ProbeMaker, Template
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "selector_ranking.json"
+COMMAND = "-m benchmarks.selector_ranking"
 SEGMENT = segcore.segment_preset(segcore.DEFAULT_MODEL)
 # The two best cells by copying, which the prototype took, and what ships.
 SETS = {"copying": (Cell(17, 1), Cell(18, 2)), "shipped": SEGMENT.selectors}
@@ -110,20 +104,6 @@ def figures(seen: list[Sighting], kv_heads: int) -> list[tuple[str, float, str]]
     return [*values, ("questions", len(seen), "")]
 
 
-def rows(values: list[tuple[str, float, str]]) -> list[dict]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    common = {
-        "target": None,
-        "peer": None,
-        "machine": f"{platform.machine()} CPU, {psutil.cpu_count(logical=False)} cores",
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        "command": "benchmarks/selector_ranking.py",
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
-    }
-    return [{"name": name, "value": value, "unit": unit, **common} for name, value, unit in values]
-
-
 if __name__ == "__main__":
-    RESULTS.write_text(json.dumps(rows(figures(sightings(), kv_heads=3)), indent=1) + "\n")
-    print(RESULTS.read_text())
+    values = figures(sightings(), kv_heads=3)
+    write("selector_ranking", records(COMMAND, [(*value, None, None) for value in values]))
