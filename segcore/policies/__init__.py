@@ -14,13 +14,18 @@ from segcore.policies.segmented import SegmentedPolicy
 from segcore.policies.streaming import StreamingPolicy
 
 POLICIES: dict[str, type[Policy[Any]]] = {
-    policy.name: policy
-    for policy in (FullPolicy, StreamingPolicy, SegmentedPolicy, LongGenPolicy, LagKVPolicy, LtriPolicy, DuoPolicy)
+    "full": FullPolicy,
+    "streaming": StreamingPolicy,
+    "segmented": SegmentedPolicy,
+    "longgen": LongGenPolicy,
+    "lagkv": LagKVPolicy,
+    "ltri": LtriPolicy,
+    "duo": DuoPolicy,
 }
 
 
 def make_policy(config: SegmentConfig, spec: ModelSpec, rope: Rope) -> Policy[Any]:
-    """The policy that a configuration names; raises ConfigError for cells outside the model."""
+    """The policy that a configuration names. Raises ConfigError for cells outside the model."""
     return POLICIES[config.policy](config, spec, rope)
 
 

@@ -26,7 +26,6 @@ class Policy(ABC, Generic[C]):
     bounded: a session's bytes on the device don't grow with its stream.
     """
 
-    name: ClassVar[str]
     original_positions: ClassVar[bool] = False
     bounded: ClassVar[bool] = True
 

@@ -14,8 +14,6 @@ from segcore.policies.hybrid import HybridPolicy
 
 
 class DuoPolicy(HybridPolicy[DuoConfig]):
-    name = "duo"
-
     def __init__(self, config: DuoConfig, spec: ModelSpec, rope: Rope) -> None:
         if not config.retrieval:
             raise ConfigError(

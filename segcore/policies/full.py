@@ -9,7 +9,6 @@ from segcore.state import State, Window
 
 
 class FullPolicy(Policy[FullConfig]):
-    name = "full"
     original_positions = True
     bounded = False
 

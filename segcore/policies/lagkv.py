@@ -53,7 +53,6 @@ def best_of_lag(scores_L: Tensor, count: int) -> Tensor:
 
 
 class LagKVPolicy(Policy[LagKVConfig]):
-    name = "lagkv"
     original_positions = True
     bounded = False
 

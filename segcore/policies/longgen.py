@@ -18,8 +18,6 @@ from segcore.policies.hybrid import HybridPolicy
 
 
 class LongGenPolicy(HybridPolicy[LongGenConfig]):
-    name = "longgen"
-
     def __init__(self, config: LongGenConfig, spec: ModelSpec, rope: Rope) -> None:
         third = spec.layers // 3
         layers = tuple(range(third, spec.layers - third)) if config.full_layers is None else config.full_layers

@@ -31,8 +31,6 @@ from segcore.state import State, Window
 
 
 class LtriPolicy(RetrievingPolicy[LtriConfig]):
-    name = "ltri"
-
     def __init__(self, config: LtriConfig, spec: ModelSpec, rope: Rope) -> None:
         if config.retrieved_tokens and not config.selectors:
             raise ConfigError(

@@ -24,8 +24,6 @@ from segcore.state import State
 
 
 class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
-    name = "segmented"
-
     def __init__(self, config: SegmentedConfig, spec: ModelSpec, rope: Rope) -> None:
         if config.retrieved_tokens and config.selection == "global" and not config.selectors:
             raise ConfigError(

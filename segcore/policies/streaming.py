@@ -14,8 +14,6 @@ from segcore.state import State, Window
 
 
 class StreamingPolicy(Policy[StreamingConfig]):
-    name = "streaming"
-
     def __init__(self, config: StreamingConfig, spec: ModelSpec, rope: Rope) -> None:
         super().__init__(config, spec, rope)
         self._require_positions(config.prefix_tokens + config.segment_tokens)
