@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis
+
+from segcore.engine.engine import Engine
 
 
 class RedisServer:
@@ -74,3 +76,18 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     yield server
     server.signal(signal.SIGCONT)
     server.kill()
+
+
+@pytest.fixture
+def running() -> Iterator[Callable[[Engine], Engine]]:
+    """Takes the engines that a test makes: at its end their books must balance, and they are shut down."""
+    made: list[Engine] = []
+
+    def run(engine: Engine) -> Engine:
+        made.append(engine)
+        return engine
+
+    yield run
+    for engine in made:
+        engine.check_integrity()
+        engine.shutdown()

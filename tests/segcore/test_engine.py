@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segcore.config import CacheConfig, EngineConfig, FullConfig
+from segcore.config import CacheConfig, FullConfig
 from segcore.engine.engine import Engine
 from segcore.engine.request import Generation
 from segcore.engine.runner import Runner
@@ -29,42 +29,20 @@ from segcore.pastkv.manager import PastKVManager
 from segcore.sampling import SamplingParams
 from segcore.segments import tokens_to_next_cut
 from tests.conftest import VOCABULARY, tiny_segment
+from tests.segcore.engines import SECONDS, answer, engine_of, generation
 
 STREAM = torch.randint(0, VOCABULARY, (90,), generator=torch.Generator().manual_seed(5)).tolist()
-SECONDS = 20
 
 
-@pytest.fixture
-def make_engine(tiny_lm: CausalLM, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
-    made: list[Engine] = []
-
-    def make(**changes: object) -> Engine:
-        values: dict[str, object] = {"segment": tiny_segment(), "chunk_tokens": 8}
-        values["cache"] = CacheConfig(directory=tmp_path)
-        made.append(Engine(tiny_lm, EngineConfig(**(values | changes))))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.check_integrity()
-        engine.shutdown()
+@pytest.fixture(autouse=True)
+def _leaves_nothing(tmp_path: Path) -> Iterator[None]:
+    yield
     assert not list(tmp_path.glob("engine-*"))
 
 
-def generation(tokens: list[int], *, count: int = 12, stop_at: int | None = None) -> Generation:
-    def on_token(token: int) -> bool:
-        tokens.append(token)
-        return len(tokens) == stop_at
-
-    return Generation(SamplingParams(max_tokens=count), on_token)
-
-
-def answer(engine: Engine, session: str, count: int = 12) -> list[int]:
-    tokens: list[int] = []
-    asked = generation(tokens, count=count)
-    engine.generate(session, asked)
-    assert asked.done.result(SECONDS) == "length"
-    return tokens
+@pytest.fixture
+def make_engine(_leaves_nothing, tiny_lm, tmp_path, running) -> Callable[..., Engine]:
+    return lambda **changes: running(engine_of(tiny_lm, **{"cache": CacheConfig(directory=tmp_path)} | changes))
 
 
 def greedy_by_hand(lm: CausalLM, stream: list[int], count: int) -> list[int]:
@@ -163,11 +141,11 @@ def test_an_answer_ends_when_told_to(make_engine):
     engine.open("s")
     engine.append("s", STREAM)
     tokens: list[int] = []
-    asked = generation(tokens, count=1000, stop_at=3)
+    asked = generation(tokens, 1000, stop_at=3)
     engine.generate("s", asked)
     assert asked.done.result(SECONDS) == "stop"
     assert len(tokens) == 3
-    aborted = generation([], count=10**6)
+    aborted = generation([], 10**6)
     engine.generate("s", aborted)
     engine.abort(aborted)
     assert aborted.done.result(SECONDS) == "aborted"
@@ -179,7 +157,7 @@ def test_an_answer_ends_at_the_longest_stream(make_engine):
     engine.open("s")
     engine.append("s", STREAM)
     tokens: list[int] = []
-    asked = generation(tokens, count=1000)
+    asked = generation(tokens, 1000)
     engine.generate("s", asked)
     assert asked.done.result(SECONDS) == "length"
     assert len(tokens) == 100 - len(STREAM)
@@ -208,7 +186,7 @@ def test_wrong_calls_are_refused(make_engine):
     with pytest.raises(FailedPrecondition, match="empty"):
         engine.generate("a", generation([]))
     engine.append("a", STREAM)
-    asked = generation([], count=10**6)
+    asked = generation([], 10**6)
     engine.generate("a", asked)
     with pytest.raises(FailedPrecondition, match="answering"):
         engine.flush("a")

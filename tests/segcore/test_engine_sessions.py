@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from segcore.config import CacheConfig, EngineConfig, SegmentConfig
+from segcore.config import CacheConfig, SegmentConfig
 from segcore.engine.engine import Engine
-from segcore.engine.request import Generation
 from segcore.errors import (
     AlreadyExists,
     BlockDamaged,
@@ -29,47 +28,16 @@ from segcore.errors import (
 )
 from segcore.model import CausalLM
 from segcore.pastkv.session import SessionPast
-from segcore.sampling import SamplingParams
 from tests.conftest import VOCABULARY, tiny_model, tiny_segment
+from tests.segcore.engines import SECONDS, answer, ask, engine_of
 from tests.segcore.test_invariants import MATRIX
 
 STREAM = torch.randint(0, VOCABULARY, (90,), generator=torch.Generator().manual_seed(11)).tolist()
-SECONDS = 30
-
-
-def engine_of(lm: CausalLM, **changes: object) -> Engine:
-    values: dict[str, object] = {"segment": tiny_segment(), "chunk_tokens": 8}
-    return Engine(lm, EngineConfig(**(values | changes)))  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def make_engine(tiny_lm: CausalLM) -> Iterator[Callable[..., Engine]]:
-    made: list[Engine] = []
-
-    def make(**changes: object) -> Engine:
-        made.append(engine_of(tiny_lm, **changes))
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.check_integrity()
-        engine.shutdown()
-
-
-def ask(engine: Engine, session: str, count: int = 12, **params: object) -> tuple[list[int], Generation]:
-    tokens: list[int] = []
-    asked = Generation(
-        SamplingParams(max_tokens=count, **params),  # type: ignore[arg-type]
-        lambda token: tokens.append(token) or False,  # type: ignore[func-returns-value]
-    )
-    engine.generate(session, asked)
-    return tokens, asked
-
-
-def answer(engine: Engine, session: str, count: int = 12, **params: object) -> list[int]:
-    tokens, asked = ask(engine, session, count, **params)
-    assert asked.done.result(SECONDS) == "length"
-    return tokens
+def make_engine(tiny_lm, running) -> Callable[..., Engine]:
+    return lambda **changes: running(engine_of(tiny_lm, **changes))
 
 
 def fill(engine: Engine, session: str, stream: list[int], *, mark: bool = False) -> None:
@@ -118,7 +86,7 @@ from pathlib import Path
 from segcore.config import CacheConfig
 from segcore.model import CausalLM
 from tests.conftest import tiny_model
-from tests.segcore.test_engine_sessions import answer, engine_of
+from tests.segcore.engines import answer, engine_of
 engine = engine_of(CausalLM(tiny_model(dtype=torch.bfloat16)), cache=CacheConfig(shared={str(shared)!r}))
 engine.restore("s", Path({str(tmp_path / "snapshot")!r}).read_bytes())
 assert engine.session_stats("s").tokens == 75

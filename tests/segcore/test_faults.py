@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from segcore.config import CacheConfig, EngineConfig
 from segcore.engine.engine import Engine
-from segcore.engine.request import Generation
 from segcore.errors import BlockDamaged, BlockMismatch, SessionFailed, StorageFull, TierUnavailable
 from segcore.fingerprint import Fingerprint
 from segcore.model import CausalLM
@@ -30,13 +29,13 @@ from segcore.pastkv.directory import DirectoryTier, LocalDisk, SharedDirectory
 from segcore.pastkv.format import BlockFormat
 from segcore.pastkv.manager import PastKVManager
 from segcore.pastkv.redis import RedisTier
-from segcore.sampling import SamplingParams
 from tests.conftest import VOCABULARY, tiny_model, tiny_segment
+from tests.segcore import engines
 from tests.segcore.blocks import TOKENS, block, bulk, key, same, same_tensors
 from tests.segcore.conftest import RedisServer
+from tests.segcore.engines import SECONDS, engine_of
 
 STREAM = torch.randint(0, VOCABULARY, (105,), generator=torch.Generator().manual_seed(5)).tolist()
-SECONDS = 30
 KV_BYTES = 16 * 4 * 2 * 8 * 8  # tokens x cells x (keys, values) x dimensions x fp64
 # Host memory for two blocks or so: most of the stream's past must be elsewhere.
 LITTLE = 6 * KV_BYTES
@@ -44,20 +43,15 @@ EVERY_TOKEN = 24
 
 
 @pytest.fixture
-def make_engine(tiny_lm: CausalLM) -> Iterator[Callable[..., Engine]]:
-    made: list[Engine] = []
+def make_engine(tiny_lm, running) -> Callable[..., Engine]:
+    """Makes engines; options that aren't the engine's are the cache's."""
 
     def make(lm: CausalLM = tiny_lm, /, *, host_bytes: int = LITTLE, **changes: object) -> Engine:
         engine = {f.name for f in dataclasses.fields(EngineConfig)}
         cache = {name: changes.pop(name) for name in list(changes) if name not in engine}
-        values: dict[str, object] = {"segment": tiny_segment(), "chunk_tokens": 8} | changes
-        made.append(Engine(lm, EngineConfig(**values, cache=CacheConfig(host_bytes=host_bytes, **cache))))
-        return made[-1]
+        return running(engine_of(lm, **changes, cache=CacheConfig(host_bytes=host_bytes, **cache)))
 
-    yield make
-    for engine in made:
-        engine.check_integrity()
-        engine.shutdown()
+    return make
 
 
 def read(engine: Engine, session: str = "s", **options: str) -> None:
@@ -67,19 +61,15 @@ def read(engine: Engine, session: str = "s", **options: str) -> None:
     engine.flush(session).result(SECONDS)
 
 
-def answer(engine: Engine, session: str = "s", count: int = EVERY_TOKEN) -> list[int]:
+def answer(engine: Engine, session: str = "s", count: int = EVERY_TOKEN, **params: object) -> list[int]:
     """Greedy tokens over more than a segment, so that several choices are made."""
-    tokens: list[int] = []
-    asked = Generation(SamplingParams(max_tokens=count), lambda token: tokens.append(token) or False)
     engine.mark(session)
-    engine.generate(session, asked)
-    assert asked.done.result(SECONDS) == "length"
-    return tokens
+    return engines.answer(engine, session, count, **params)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_lm: CausalLM) -> list[int]:
-    engine = Engine(tiny_lm, EngineConfig(segment=tiny_segment(), chunk_tokens=8))
+    engine = engine_of(tiny_lm)
     read(engine)
     tokens = answer(engine)
     engine.shutdown()
@@ -398,23 +388,17 @@ def test_a_removed_tier_comes_back(make_engine, tmp_path, undisturbed, kind):
 
 def test_a_shared_directory_swept_by_others(make_engine, tmp_path, undisturbed):
     """Blocks of a live session vanish again and again while it answers: another tier's budget has no room for them."""
-    engine, seen = make_engine(shared=str(tmp_path)), []
+    engine = make_engine(shared=str(tmp_path))
     sweeper = SharedDirectory(tmp_path, "other", BlockFormat(Fingerprint()), 5000)
     read(engine)
     settled(engine)
 
-    def on_token(token: int) -> bool:
-        seen.append(token)
-        if len(seen) in (1, 9, 17):
+    def sweep(count: int) -> None:
+        if count in (1, 9, 17):
             sweeper._scan()
-            sweeper.put(block(len(seen)))
-        return False
+            sweeper.put(block(count))
 
-    asked = Generation(SamplingParams(max_tokens=EVERY_TOKEN), on_token)
-    engine.mark("s")
-    engine.generate("s", asked)
-    assert asked.done.result(SECONDS) == "length"
-    assert seen == undisturbed
+    assert answer(engine, at_token=sweep) == undisturbed
     assert engine.stats().faults["shared.BlockMissing"] > 0
 
 
@@ -587,7 +571,7 @@ def test_redis_with_a_password(make_engine, own_redis: RedisServer, undisturbed)
 
 def test_no_tier_left_at_all(make_engine, tmp_path, undisturbed):
     """Everything but the tokens is lost, host memory too, before the answer and within it."""
-    engine, seen = make_engine(directory=tmp_path, host_bytes=100 * KV_BYTES), []
+    engine = make_engine(directory=tmp_path, host_bytes=100 * KV_BYTES)
     read(engine)
     settled(engine)
 
@@ -599,17 +583,7 @@ def test_no_tier_left_at_all(make_engine, tmp_path, undisturbed):
 
     lose()
 
-    def on_token(token: int) -> bool:
-        seen.append(token)
-        if len(seen) in (3, 9):
-            lose()
-        return False
-
-    asked = Generation(SamplingParams(max_tokens=EVERY_TOKEN), on_token)
-    engine.mark("s")
-    engine.generate("s", asked)
-    assert asked.done.result(SECONDS) == "length"
-    assert seen == undisturbed
+    assert answer(engine, at_token=lambda count: lose() if count in (3, 9) else None) == undisturbed
 
 
 def test_a_fault_in_one_session_leaves_others_alone(make_engine, tmp_path, undisturbed, monkeypatch):

@@ -1,0 +1,53 @@
+"""Engines on tiny models, and how tests ask them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from segcore.config import EngineConfig
+from segcore.engine.engine import Engine
+from segcore.engine.request import Generation
+from segcore.model import CausalLM
+from segcore.sampling import SamplingParams
+from tests.conftest import tiny_segment
+
+SECONDS = 30
+
+
+def engine_of(lm: CausalLM, **changes: object) -> Engine:
+    """An engine of tiny segments and chunks of 8 tokens; `changes` are fields of EngineConfig."""
+    values: dict[str, object] = {"segment": tiny_segment(), "chunk_tokens": 8}
+    return Engine(lm, EngineConfig(**(values | changes)))  # type: ignore[arg-type]
+
+
+def generation(
+    tokens: list[int],
+    count: int = 12,
+    *,
+    stop_at: int | None = None,
+    at_token: Callable[[int], None] = lambda count: None,
+    **params: object,
+) -> Generation:
+    """An answer whose tokens go to `tokens`; `at_token` is told how many there are; it ends with number `stop_at`."""
+
+    def on_token(token: int) -> bool:
+        tokens.append(token)
+        at_token(len(tokens))
+        return len(tokens) == stop_at
+
+    return Generation(SamplingParams(max_tokens=count, **params), on_token)  # type: ignore[arg-type]
+
+
+def ask(engine: Engine, session: str, count: int = 12, **params: object) -> tuple[list[int], Generation]:
+    """Begin an answer: its tokens so far, and what tells that it ended."""
+    tokens: list[int] = []
+    asked = generation(tokens, count, **params)  # type: ignore[arg-type]
+    engine.generate(session, asked)
+    return tokens, asked
+
+
+def answer(engine: Engine, session: str, count: int = 12, **params: object) -> list[int]:
+    """A whole answer of `count` tokens."""
+    tokens, asked = ask(engine, session, count, **params)
+    assert asked.done.result(SECONDS) == "length"
+    return tokens
