@@ -1,6 +1,6 @@
 """Blocks in Redis: a shared tier for what is small enough to travel often.
 
-A block is one string, set by one command, so it is there whole or not at all, in a cluster too; reads ask for the
+A block is one string, set by one command, so it is there whole or not at all; reads ask for the
 ranges that they need.
 """
 
