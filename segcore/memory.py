@@ -41,7 +41,6 @@ JOURNAL_TOKEN_BYTES, JOURNAL_EVENT_BYTES = 4, 8
 CHECKSUM_BYTES, PAGE_TOKENS = 8, 16
 # A block's file begins with names, shapes, checksums and the fingerprint, as text.
 HEADER_BYTES = 1536
-MASKS_KEPT = 4
 
 
 def engine_bytes(device: torch.device, past_bytes: Mapping[str, int]) -> int:
@@ -134,14 +133,12 @@ def grows(spec: ModelSpec, config: SegmentConfig) -> bool:
 def _engine(spec: ModelSpec, parameters: int, config: EngineConfig, tokens: int) -> Iterator[Line]:
     segment, b = config.segment, spec.dtype.itemsize
     yield Line("weights", "engine", "device", "engine", "parameters·b", parameters * b)
-    # Rotations and masks reach as far as a query sees; with original positions, as far as the stream.
+    # Rotations reach as far as a query sees; with original positions, as far as the stream.
     original = isinstance(segment, FullConfig | LongGenConfig | LagKVConfig | DuoConfig)
     prefixed = max(cells.rows(0, segment.segment_tokens) for cells in _cells(spec, segment))
     keys, reach = (max(tokens, prefixed), "T") if original else (prefixed, "(P+S)")
     rotations = 2 * max(2 * keys, 1024) * spec.head_dim * b
     yield Line("rotations", "engine", "device", "engine", f"2·2·{reach}·d·b", rotations, at_most=True)
-    masks = MASKS_KEPT * min(config.chunk_tokens, segment.segment_tokens) * keys * b
-    yield Line("causal masks of late passes", "engine", "device", "engine", f"4·C·{reach}·b", masks, at_most=True)
     if config.cache.device_bytes and _readers(spec, segment):
         budget = config.cache.device_bytes
         yield Line("latest blocks", "engine", "device", "engine", "device_bytes", budget, at_most=True)

@@ -1,16 +1,18 @@
 """Any RoPE causal LM of transformers, run by F: its rotation is deferred and its attention is ours.
 
-The model's own code is neither forked nor patched. Two public seams of an instance are used: its `rotary_emb` module
-is replaced by one that rotates by zero, so that queries and keys reach attention as projected; and its attention is
-chosen by name through transformers' `AttentionInterface`. Attention then rotates with the model's own function and
-its own angles, at the positions that segmented execution gives (design, section 4).
+The model's own code runs, neither forked nor changed for others. Its attention is chosen by name through transformers'
+`AttentionInterface`, and this instance's attention modules run their own `forward` with a rotation that leaves queries
+and keys as projected. Attention then rotates with the model's own function and its own angles, at the positions that
+segmented execution gives (design, section 4).
 
 Shapes: T tokens, H KV heads, G query heads per KV head, D head dimension, N positions.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -23,6 +25,8 @@ from segcore.attention.sdpa import sdpa_attention
 from segcore.errors import UnsupportedModel
 
 ATTENTION_NAME = "segcore"
+# What transformers' model files call their rotation.
+ROTATION = "apply_rotary_pos_emb"
 # What reached attention, by layer: queries, [H*G, T, D], keys, [H, T, D], and the scale.
 Seen = dict[int, tuple[Tensor, Tensor, float]]
 
@@ -83,16 +87,13 @@ class Rope:
         return self(k_HTD[:0], k_HTD, first_position)[1]
 
 
-class _NoRotation(nn.Module):
-    """Stands where the model's rotary embedding stood and rotates by zero: cos 1, sin 0."""
-
-    def __init__(self, rotary_dim: int) -> None:
-        super().__init__()
-        self.rotary_dim = rotary_dim
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        cos = x.new_ones((1, position_ids.shape[-1], self.rotary_dim))
-        return cos, torch.zeros_like(cos)
+def _defer_rotation(attention: nn.Module) -> None:
+    """Give a module its own `forward` again, in which the rotation by its file's function does nothing."""
+    own = inspect.unwrap(type(attention).forward)
+    names = own.__globals__ | {ROTATION: lambda q, k, *angles, **options: (q, k)}
+    forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
+    attention.forward = types.MethodType(forward, attention)
 
 
 def _attention(
@@ -125,19 +126,24 @@ AttentionInterface.register(ATTENTION_NAME, _attention)
 
 
 class CausalLM:
-    """A transformers causal LM whose attention is given call by call. Takes over the model it is handed."""
+    """A transformers causal LM whose attention is given call by call. Takes over the model it is handed.
+
+    parameters: how many numbers its weights are.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_supported(model)
         base = cast(Any, model.base_model)
         weight = next(model.parameters())
-        rotate = sys.modules[type(_attention_modules(model)[0]).__module__].apply_rotary_pos_emb
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        rotate = getattr(sys.modules[type(_attention_modules(model)[0]).__module__], ROTATION)
         self.rope = Rope(base.rotary_emb, rotate, torch.empty(0, dtype=weight.dtype, device=weight.device))
         self.model = model.eval().requires_grad_(False)
         own_logits = _own_logits(model)
         model.set_attn_implementation(ATTENTION_NAME)
         own_rotation = self._record()
-        base.rotary_emb = _NoRotation(self.rope.rotary_dim)
+        for attention in _attention_modules(model):
+            _defer_rotation(attention)
         unrotated = self._record()
         self.spec = self._measure(unrotated)
         self._check_rotation(unrotated, own_rotation)
@@ -263,7 +269,7 @@ def check_supported(model: PreTrainedModel) -> None:
     modules = _attention_modules(model)
     if not modules:
         refuse("no attention module with a layer index was found")
-    if not hasattr(sys.modules[type(modules[0]).__module__], "apply_rotary_pos_emb"):
+    if not hasattr(sys.modules[type(modules[0]).__module__], ROTATION):
         refuse("its rotation function wasn't found")
 
 

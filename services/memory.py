@@ -14,7 +14,6 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from segcore.attention.sdpa import forget_masks
 from segcore.config import GIB, CacheConfig, EngineConfig, RetrievalConfig, SegmentedConfig
 from segcore.engine.engine import Engine
 from segcore.errors import ConfigError
@@ -102,7 +101,7 @@ def memory(model: str, dtype: str | None, segment: str | None, *, sessions: int,
     lm = load_model(model, dtype=dtype or "auto").lm
     weights = tensor_bytes() - before
     make_policy(config.segment, lm.spec, lm.rope)  # refuses what an engine would refuse
-    print("\n".join(table(model, lm.spec, _parameters(lm), config, sessions=sessions, tokens=tokens)))
+    print("\n".join(table(model, lm.spec, lm.parameters, config, sessions=sessions, tokens=tokens)))
     return report(measure(lm, config, weights)) if check else 0
 
 
@@ -152,7 +151,7 @@ def measure(lm: CausalLM, config: EngineConfig, weights: int) -> Iterator[Figure
 
     weights: bytes of tensors that loading the model brought.
     """
-    made_once = [line for line in lines(lm.spec, _parameters(lm), config, 0) if line.name in ("weights", "rotations")]
+    made_once = [line for line in lines(lm.spec, lm.parameters, config, 0) if line.name in ("weights", "rotations")]
     yield _figure("weights", weights, {"device"}, (made_once, {"engine": 1}, 1))
     with tempfile.TemporaryDirectory(prefix="segcore-memory-") as folder:
         # No reuse: what an ended stream leaves would hide what the next one takes. One slot: others are parked.
@@ -191,6 +190,9 @@ def tensor_bytes(device: str | None = None) -> int:
     sizes = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor) and (device is None or thing.device.type == device):
+            if thing.is_mkldnn:  # a packed weight, that has no storage to ask
+                sizes[thing.device, id(thing)] = thing.numel() * thing.dtype.itemsize
+                continue
             storage = thing.untyped_storage()
             sizes[thing.device, storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
@@ -200,7 +202,7 @@ class _Trial:
     """An engine whose allocations are watched from outside."""
 
     def __init__(self, engine: Engine, lm: CausalLM, folder: Path) -> None:
-        self.engine, self.spec, self.parameters, self._folder = engine, lm.spec, _parameters(lm), folder
+        self.engine, self.spec, self.parameters, self._folder = engine, lm.spec, lm.parameters, folder
         self.segment = engine.config.segment
         generator = torch.Generator().manual_seed(0)
         self._tokens = torch.randint(0, lm.spec.vocabulary, (1 << 16,), generator=generator).tolist()
@@ -215,8 +217,7 @@ class _Trial:
         return [line for line in lines(self.spec, self.parameters, self.engine.config, tokens) if line.part in parts]
 
     def held(self) -> dict[str, int]:
-        """Bytes of tensors, by where they are; masks apart, which come and go with the shapes of passes."""
-        forget_masks()
+        """Bytes of tensors, by where they are."""
         if self.spec.device.type == "cpu":
             return {"memory": tensor_bytes("cpu")}
         torch.cuda.synchronize(self.spec.device)
@@ -285,10 +286,6 @@ def _figure(name: str, measured: int, places: Container[Place], *terms: Term) ->
 def _array_bytes() -> int:
     gc.collect()
     return sum(sys.getsizeof(thing) - sys.getsizeof(array("i")) for thing in gc.get_objects() if type(thing) is array)
-
-
-def _parameters(lm: CausalLM) -> int:
-    return sum(parameter.numel() for parameter in lm.model.parameters())
 
 
 def _dtype(name: str | None) -> torch.dtype:

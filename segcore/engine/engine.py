@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from segcore.config import EngineConfig
 from segcore.engine.request import Flush, Generation, Mark, Session, Step
@@ -39,6 +40,7 @@ from segcore.pastkv.base import PastLayout
 from segcore.pastkv.manager import PastKVManager
 from segcore.pastkv.session import SessionPast
 from segcore.state import State
+from segcore.threads import apart
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ class Engine:
         self._past = PastKVManager(config.cache, self.fingerprint, model.spec.device)
         self._scheduler = Scheduler(config)
         self._sessions: dict[str, Session] = {}
-        self._blank = pack(self._runner.begin())
+        self._blank = apart(lambda: pack(self._runner.begin()))
         # Guards the fields above and what other threads see of a session. The thread holds it to pick a turn, not
         # while the model runs; the sessions whose turn it is are `_stepping`.
         self._changed = threading.Condition()
@@ -214,8 +216,7 @@ class Engine:
             session.appended = tokens
             session.pending.clear()
             session.controls.clear()
-            with torch.inference_mode():
-                state, session.logits_V = self._steps.resume(session, tokens // size)
+            state, session.logits_V = apart(lambda: self._steps.resume(session, tokens // size))
             self._place(session, state)
 
     @property
@@ -291,7 +292,7 @@ class Engine:
         self._changed.notify_all()
 
     def _snapshot(self, session: Session) -> Snapshot:
-        tensors = session.parked or pack(session.state)
+        tensors = session.parked or apart(lambda: pack(session.state))
         if session.logits_V is not None:
             tensors = tensors | {"logits": session.logits_V.cpu()}
         marks = tuple(position for position, control in session.controls if isinstance(control, Mark))
@@ -304,18 +305,19 @@ class Engine:
         session.appended = len(past.journal.tokens) + len(session.pending)
         session.controls.extend((position, Mark()) for position in snapshot.marks)
         try:
-            with torch.inference_mode():
-                if self._regain(past, snapshot.keys) and snapshot.tensors is not None:
-                    logits = snapshot.tensors.get("logits")
-                    session.logits_V = None if logits is None else logits.to(self.spec.device)
-                    state = unpack(snapshot.tensors, self._runner.policy)
-                else:
-                    state, session.logits_V = self._steps.resume(session, past.segments)
+            state, session.logits_V = apart(lambda: self._regained(session, snapshot))
         except Exception:
             past.truncate(0)
             raise
         self._place(session, state)
         self._add(session)
+
+    def _regained(self, session: Session, snapshot: Snapshot) -> tuple[State, Tensor | None]:
+        """The state of a snapshot, and its last logits; where its blocks don't all stand, of what does."""
+        if not self._regain(session.past, snapshot.keys) or snapshot.tensors is None:
+            return self._steps.resume(session, session.past.segments)
+        logits = snapshot.tensors.get("logits")
+        return unpack(snapshot.tensors, self._runner.policy), None if logits is None else logits.to(self.spec.device)
 
     def _regain(self, past: SessionPast, keys: Sequence[str]) -> bool:
         """Take up a past's blocks again, as far as they are there without a gap; whether all are."""

@@ -84,7 +84,8 @@ class Runner:
     def mark(self, state: State, past: SessionPast) -> None:
         """An end of turn at the stream's end: a refresh point that doesn't close the segment (design, section 6)."""
         past.journal.begin_mark(state)
-        self.policy.refresh(state, past)
+        if state.filled:  # a close has just chosen by the same queries
+            self.policy.refresh(state, past)
 
     def resume(self, boundary: dict[str, Tensor], past: SessionPast) -> tuple[State, Tensor]:
         """The state after the last close of `past`, and the logits of its last token, [V]."""

@@ -44,6 +44,7 @@ def pack(state: State) -> dict[str, Tensor]:
     return tensors
 
 
+@torch.inference_mode()
 def unpack(tensors: dict[str, Tensor], policy: Policy[Any]) -> State:
     """The state again, on the policy's device."""
     state, device = policy.begin(), policy.spec.device

@@ -203,6 +203,7 @@ class Steps:
         except Exception as failure:
             self._end(session, failure)
 
+    @torch.inference_mode()
     def resume(self, session: Session, at_most: int) -> tuple[State, Tensor | None]:
         """The state at the last boundary whose past KV stands, of at most so many segments, and its logits.
 
