@@ -66,6 +66,14 @@ def best_of_blocks(scores: Iterable[Tensor], *, first: int, stop: int, block: in
     return torch.cat(bests)[: -(-stop // block)]
 
 
+def top_blocks(best_B: Tensor, blocks: int) -> Tensor:
+    """The indices of the best blocks, best first, ties to the earlier one: a stable sort's, without sorting all."""
+    good = torch.arange(len(best_B), device=best_B.device)
+    if 0 < blocks < len(best_B):
+        good = (best_B >= best_B.topk(blocks).values[-1]).nonzero().squeeze(1)
+    return good[torch.sort(best_B[good], descending=True, stable=True).indices[:blocks]]
+
+
 def choose_positions(best_B: Tensor, *, first: int, stop: int, tokens: int, block: int) -> Tensor:
     """The positions in [first, stop) of the chosen blocks, ascending; see `choose_blocks`."""
     lent_B = best_B.clone()
@@ -73,7 +81,7 @@ def choose_positions(best_B: Tensor, *, first: int, stop: int, tokens: int, bloc
     lent_B[:-1] = torch.maximum(lent_B[:-1], best_B[1:] - NEIGHBOUR_MARGIN)
     # A block without a candidate never wins, whoever its neighbours are.
     lent_B[best_B == -torch.inf] = -torch.inf
-    order = torch.sort(lent_B, descending=True, stable=True).indices[: tokens // block]
+    order = top_blocks(lent_B, tokens // block)
     chosen = order[lent_B[order] > -torch.inf].sort().values
     positions = (chosen[:, None] * block + torch.arange(block, device=chosen.device)).flatten()
     return positions[(positions >= first) & (positions < stop)]

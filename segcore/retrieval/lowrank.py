@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from segcore.retrieval.base import IndexSpec, KeyIndex
-from segcore.retrieval.choose import best_of_blocks, choose_positions
+from segcore.retrieval.choose import best_of_blocks, choose_positions, top_blocks
 from segcore.retrieval.exhaustive import ExhaustiveIndex
 from segcore.retrieval.pages import Pages
 
@@ -76,7 +76,7 @@ class LowRankIndex(KeyIndex):
             return self._exact.search(queries_CGWD, first=first, stop=stop, tokens=tokens, block=self._spec.block)
         best_B = best_of_blocks(self._estimates(queries_CGWD), first=first, stop=stop, block=self._spec.block)
         best_B = best_B * self._spec.head_dim**-0.5
-        top = torch.sort(best_B, descending=True, stable=True).indices[:candidates]
+        top = top_blocks(best_B, candidates)
         top = top[best_B[top] > -torch.inf].sort().values
         exact = self._exact.best_of(queries_CGWD, top.cpu(), first=first, stop=stop)
         # Other blocks keep their estimates, which decide nothing unless the candidates were too few.
