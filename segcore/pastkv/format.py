@@ -147,7 +147,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _header(about: dict[str, object], entries: dict[str, object]) -> bytes:

@@ -1,9 +1,9 @@
 """Past KV of all streams of an engine: blocks shared between streams, written through to slower tiers, found again.
 
-A block is prepared in host memory when its segment closes, and complete once the state after it is known; then a
-thread of its own writes it to the slower tiers. Host memory lets go only of blocks that are held there, or that no
-stream uses any more. Rows that are read from slower tiers, or prefetched from there by threads of their own, stay in
-host memory for a while.
+A block is prepared when its segment closes, and complete once the state after it is known. Its bytes come to host
+memory in the background, its original on the device serving meanwhile; then a thread of its own writes it to the slower
+tiers. Host memory lets go only of blocks that are held there, or that no stream uses any more. Rows that are read from
+slower tiers, or prefetched from there by threads of their own, stay in host memory for a while.
 
 One lock guards the books; it is never held while a slower tier works.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +36,7 @@ from segcore.pastkv.journal import root_key
 from segcore.pastkv.memory import MemoryTier, RowCache, Rows
 from segcore.pastkv.redis import RedisTier
 from segcore.pastkv.session import SessionPast
+from segcore.pastkv.transfer import Transfer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -76,6 +78,7 @@ class PastKVManager:
         self._memory = [tier for tier in (self._device, self._host) if tier is not None]
         self._rows = RowCache(config.host_bytes // ROWS_SHARE if self._slower else 0)
         self._guard = Guard()
+        self._transfer = Transfer(device)
         self._lock = threading.RLock()
         self._uses: dict[str, _Use] = {}
         self._pasts: weakref.WeakSet[SessionPast] = weakref.WeakSet()
@@ -144,6 +147,7 @@ class PastKVManager:
         with self._room(block.nbytes), self._lock:
             self._host.put(block)
             self._add_stream(block.key, kept)
+        self._transfer.start(partial(self._host.find, block.key), self._arrived)
         if self._device is not None and block.kv_SC2D.nbytes <= self._device.budget_bytes:
             bulk = Block(block.key, block.kv_SC2D, {}, {})
             self._guard.attempt_or(None, self._device, lambda tier: tier.put(bulk, tier.keys))
@@ -156,8 +160,19 @@ class PastKVManager:
         with self._room(nbytes(boundary)), self._lock:
             block = replace(block, boundary=boundary)
             self._host.put(block)
-            self._write(block)
-            self._write_again(1)
+        self._transfer.start(partial(self._host.find, key), self._arrived)
+
+    def _arrived(self, block: Block) -> None:
+        """A block is in host memory, on any thread: it takes its original's place, and if it is whole, is written."""
+        with self._lock:
+            held = self._host.find(block.key)
+            if held is None:
+                return
+            # It may have been completed meanwhile.
+            self._host.put(replace(block, boundary=block.boundary or held.boundary))
+            if block.boundary:
+                self._write(block)
+                self._write_again(1)
 
     def share(self, key: str, index: dict[str, Tensor]) -> dict[str, Tensor]:
         """One more stream uses a block; returns the copy of its index that they all use. Raises StorageFull."""
@@ -233,6 +248,7 @@ class PastKVManager:
 
     def settle(self) -> None:
         """Wait until everything complete is written, or has failed to be, and what was to be prefetched is read."""
+        self._transfer.settle()
         with self._lock:
             pending = [*self._writing.values(), *self._reading.values()]
         wait(pending)
@@ -240,6 +256,7 @@ class PastKVManager:
     def close(self) -> None:
         """Release everything this process holds, on disk too; shared blocks stay."""
         self._closing = True
+        self._transfer.close()
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
         for tier in (*self._memory, *self._slower):

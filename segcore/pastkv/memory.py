@@ -17,13 +17,11 @@ from segcore.pastkv.base import Block, BlockHead
 class MemoryTier:
     """A `Tier` within `budget_bytes`. Takes incomplete blocks too: the manager completes them later.
 
-    device: where a block's bulk is kept; host memory is pinned where the machine has CUDA, so that copies to the
-    device don't wait.
+    device: where a block's bulk is kept; the host's takes it from wherever it is, for it may be on its way here.
     """
 
     def __init__(self, name: str, budget_bytes: int, device: torch.device) -> None:
         self.name, self.budget_bytes, self._device = name, budget_bytes, device
-        self._pin = device.type == "cpu" and torch.cuda.is_available()
         self._blocks: OrderedDict[str, Block] = OrderedDict()
         self._used_bytes = 0
         self._lock = threading.RLock()
@@ -66,7 +64,13 @@ class MemoryTier:
 
     def rows(self, key: str, rows_n: Tensor) -> Tensor:
         kv_SC2D = self.get(key).kv_SC2D
-        return kv_SC2D[rows_n.to(kv_SC2D.device)]
+        out = torch.empty(
+            (len(rows_n), *kv_SC2D.shape[1:]),
+            dtype=kv_SC2D.dtype,
+            device=kv_SC2D.device,
+            pin_memory=kv_SC2D.is_pinned(),
+        )
+        return torch.index_select(kv_SC2D, 0, rows_n.to(kv_SC2D.device), out=out)
 
     def head(self, key: str) -> BlockHead:
         block = self.get(key)
@@ -92,8 +96,7 @@ class MemoryTier:
     def _copy(self, kv_SC2D: Tensor) -> Tensor:
         """Where this tier keeps it. Raises StorageFull: a driver refuses memory that a budget allowed."""
         try:
-            moved = kv_SC2D.to(self._device)
-            return moved.pin_memory() if self._pin else moved
+            return kv_SC2D if self._device.type == "cpu" else kv_SC2D.to(self._device)
         except RuntimeError as error:
             raise StorageFull(f"{self.name} memory can't be had: {error}") from error
 

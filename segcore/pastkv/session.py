@@ -51,12 +51,12 @@ class SessionPast:
         assert kv_SC2D.shape == expected, (kv_SC2D.shape, expected)
         key = self.journal.key(self.last_key, first, first + layout.segment_tokens)
         index = _own(index)
-        self._manager.prepare(Block(key, kv_SC2D.detach().cpu().contiguous(), index, {}), self._kept(index))
+        self._manager.prepare(Block(key, kv_SC2D.detach().contiguous(), index, {}), self._kept(index))
         self._take(key, index)
 
     def complete(self, boundary: dict[str, Tensor]) -> None:
         """The last segment is closed: its block is whole, and goes to the lower tiers."""
-        self._manager.complete(self.last_key, _own(boundary))
+        self._manager.complete(self.last_key, {name: tensor.detach().clone() for name, tensor in boundary.items()})
 
     @property
     def in_memory(self) -> bool:
@@ -81,7 +81,9 @@ class SessionPast:
         layout, positions_CR, device = self._layout, torch.atleast_2d(positions.cpu()), self._manager.device
         wanted = torch.unique(positions_CR)
         parts = [torch.empty((0, layout.cells, 2, layout.head_dim), dtype=layout.dtype, device=device)]
-        parts += [self._rows(segment, rows_n).to(device) for segment, rows_n in self._by_segment(wanted)]
+        parts += [
+            self._rows(segment, rows_n).to(device, non_blocking=True) for segment, rows_n in self._by_segment(wanted)
+        ]
         kv_nC2D = torch.cat(parts)
         if positions_CR.shape[0] == 1:
             return kv_nC2D
