@@ -38,6 +38,7 @@ from segcore.engine.runner import Runner
 from segcore.engine.snapshot import differentiable, pack, unpack
 from segcore.errors import ConfigError, InvalidInput, NonFiniteLoss
 from segcore.model import CausalLM
+from segcore.packed import PackedLinear
 from segcore.pastkv.manager import PastKVManager
 from segcore.segments import tokens_to_next_cut
 from segcore.state import State
@@ -75,13 +76,13 @@ class _Boundary(NamedTuple):
 class SegmentedTrainer:
     """Losses and gradients of streams, one at a time, under a policy.
 
-    model: its parameters that ask for gradients are trained: `model.model.requires_grad_(True)` for all, or those of an
-    adapter that was added to `model.model`. Dropout is off: what is trained is what is served.
+    model: its parameters that ask for gradients are trained: all (`load_model(trainable=True)`), or those of an adapter
+    that was added to `model.model`. Dropout is off: what is trained is what is served.
     k: K above, or "all". chunk_tokens: longest pass; with the engine's, values are the engine's to the last bit.
     checkpoint_layers: keep a layer's input alone, and run it again once per backward pass (K + 1, or one).
     host_bytes: budget for a stream's past KV; more raises StorageFull.
 
-    Raises ConfigError if there is nothing to train.
+    Raises ConfigError if nothing can be trained.
     """
 
     def __init__(
@@ -103,6 +104,8 @@ class SegmentedTrainer:
         # Nobody may find these blocks: the next step changes the weights that they depend on.
         cache = CacheConfig(host_bytes=host_bytes, reuse=False)
         self._manager = PastKVManager(cache, device=model.spec.device)
+        if any(isinstance(module, PackedLinear) for module in model.model.modules()):
+            raise ConfigError("the model's weights are packed for inference: load_model(..., trainable=True)")
         if not self.parameters:
             raise ConfigError(
                 "no parameter asks for gradients: call model.model.requires_grad_(True), or add an adapter to it"

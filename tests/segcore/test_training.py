@@ -6,6 +6,7 @@ import gc
 import itertools
 import weakref
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -14,13 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from segcore.config import Cell
 from segcore.engine.runner import Runner
 from segcore.errors import ConfigError, InvalidInput, NonFiniteLoss, StorageFull
 from segcore.model import CausalLM
 from segcore.policies import POLICIES, lagkv
 from segcore.policies.retrieving import RetrievingPolicy
+from segcore.training.optimizer import MasterOptimizer
 from segcore.training.stream import IGNORED, TrainingStream
 from segcore.training.tbptt import SegmentedTrainer
+from segcore.weights import load_model
 from tests.conftest import VOCABULARY, tiny_segment
 from tests.segcore.test_invariants import MARKS, MATRIX, STREAM
 from tests.segcore.unrolled import (
@@ -354,3 +358,22 @@ def test_a_trainer_that_cannot_train_is_refused(gqa):
     frozen.model.requires_grad_(False)
     with pytest.raises(ConfigError, match="requires_grad_"):
         SegmentedTrainer(frozen, tiny_segment())
+
+
+def test_a_model_in_bfloat16_learns_a_stream_by_heart(model_directory):
+    lm = load_model(str(model_directory), dtype="bfloat16", device="cpu", trainable=True).lm
+    trainer = SegmentedTrainer(lm, tiny_segment(selectors=(Cell(0, 1),)), checkpoint_layers=True)
+    optimizer = MasterOptimizer(trainer.parameters, partial(torch.optim.AdamW, lr=1e-2))
+    stream, means = TrainingStream("text", STREAM[:70] % 256), []
+    for _ in range(15):
+        means.append(trainer.loss_and_grad(stream, stream.valid_tokens).mean)
+        optimizer.step()
+    assert {p.dtype for p in trainer.parameters} == {torch.bfloat16}
+    assert means[-1] < means[0] / 2
+
+
+def test_a_model_that_was_loaded_for_inference_is_refused(model_directory):
+    lm = load_model(str(model_directory), dtype="bfloat16", device="cpu").lm
+    lm.model.requires_grad_(True)
+    with pytest.raises(ConfigError, match="trainable=True"):
+        SegmentedTrainer(lm, tiny_segment(selectors=(Cell(0, 1),)))
