@@ -14,6 +14,7 @@ SegcoreError
 │   └── SessionFailed       an earlier error ended this session; delete it and begin anew
 ├── LimitExceeded           more than this service is configured to hold
 │   └── Busy                the same call can succeed later
+├── NonFiniteLoss           a loss, or its gradient, isn't finite; no weight was updated
 ├── Unavailable             what would do the work is going away or unreachable; try again
 ├── Cancelled               the caller, or the service's shutdown, ended the work
 └── PastKVError             past KV that can't be stored or trusted
@@ -97,6 +98,10 @@ class LimitExceeded(SegcoreError):
 
 class Busy(LimitExceeded):
     """Full just now; the same call can succeed later."""
+
+
+class NonFiniteLoss(SegcoreError):
+    """A loss, or its gradient, isn't finite. No weight was updated; of a loss, the detail `stream` names the data."""
 
 
 class Unavailable(SegcoreError):

@@ -5,11 +5,12 @@ The model's own code runs, neither forked nor changed for others. Its attention 
 and keys as projected. Attention then rotates with the model's own function and its own angles, at the positions that
 segmented execution gives (design, section 4).
 
-Shapes: T tokens, H KV heads, G query heads per KV head, D head dimension, N positions.
+Shapes: B sequences, T tokens, H KV heads, G query heads per KV head, D head dimension, C hidden dimension, N positions.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import types
@@ -20,6 +21,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from segcore.attention.sdpa import sdpa_attention
 from segcore.errors import UnsupportedModel
@@ -69,7 +71,7 @@ class Rope:
 
     def _table(self, positions: int) -> tuple[Tensor, Tensor]:
         ids = torch.arange(positions, device=self._like.device)[None]
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # the table serves training too
             cos, sin = self._angles(self._like, ids)
         return cos, sin
 
@@ -94,6 +96,13 @@ def _defer_rotation(attention: nn.Module) -> None:
     forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     forward.__kwdefaults__ = own.__kwdefaults__
     attention.forward = types.MethodType(forward, attention)
+
+
+class _Given(nn.Module):
+    """Stands where the model's body stood and gives back what it is given."""
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 def _attention(
@@ -128,6 +137,7 @@ AttentionInterface.register(ATTENTION_NAME, _attention)
 class CausalLM:
     """A transformers causal LM whose attention is given call by call. Takes over the model it is handed.
 
+    Its weights are frozen; training trains those that ask for gradients again, or an adapter that is added to `model`.
     parameters: how many numbers its weights are.
     """
 
@@ -158,15 +168,28 @@ class CausalLM:
 
         Sequences beyond `attends` are padding: they run, and what comes out of them means nothing.
         """
+        return self.head(self.hidden(tokens_BT, attends), all_logits=all_logits)
+
+    def hidden(self, tokens_BT: Tensor, attends: Sequence[Attend]) -> Tensor:
+        """What the model makes logits of, normed, [B, T, C]; see `batch`."""
+        body = cast(nn.Module, self.model.base_model)
+        return cast(Tensor, body(input_ids=tokens_BT, use_cache=False, segcore_attend=attends).last_hidden_state)
+
+    def head(self, hidden_BTC: Tensor, *, all_logits: bool = True) -> Tensor:
+        """Logits of all tokens or the last, by the model's own code, its scaling and cap included."""
         # The last position by its index, not as a slice: torch would copy the whole head's weights for a strided input.
-        last = torch.tensor([tokens_BT.shape[1] - 1], device=tokens_BT.device)
-        output = self.model(
-            input_ids=tokens_BT,
-            use_cache=False,
-            logits_to_keep=0 if all_logits else last,
-            segcore_attend=attends,
-        )
+        last = torch.tensor([hidden_BTC.shape[1] - 1], device=hidden_BTC.device)
+        # A twin of the model as it is now, with the same head, whose body gives what it is given.
+        twin = copy.copy(self.model)
+        twin._modules = {**self.model._modules, self.model.base_model_prefix: _Given()}
+        output = twin(inputs_embeds=hidden_BTC, use_cache=False, logits_to_keep=0 if all_logits else last)
         return cast(Tensor, output.logits)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The model's layers, first to last."""
+        attention = set(_attention_modules(self.model))
+        return [m for m in self.model.modules() if attention.intersection(m.children())]
 
     def _record(self) -> Seen:
         """What reaches attention for the probe's tokens."""

@@ -38,9 +38,14 @@ class Window:
         return cls(heads, k, rotated, v, start=prefix, base=prefix, position=position)
 
     def write(self, row: int, k_HTD: Tensor, rotated_HTD: Tensor, v_HTD: Tensor) -> None:
-        """Put keys and values at rows row, row + 1, ..."""
+        """Put keys and values at rows row, row + 1, ...: in place, or into copies if there may be a backward pass.
+
+        It needs the rows that attention saw, and so does whatever recomputes them.
+        """
         rows = slice(row, row + k_HTD.shape[1])
         assert 0 <= row <= rows.stop <= self.k_HND.shape[1]
+        if torch.is_grad_enabled():
+            self.k_HND, self.rotated_HND, self.v_HND = self.k_HND.clone(), self.rotated_HND.clone(), self.v_HND.clone()
         self.k_HND[:, rows], self.rotated_HND[:, rows], self.v_HND[:, rows] = k_HTD, rotated_HTD, v_HTD
 
     def keep(self, rows: Tensor, position: int) -> None:

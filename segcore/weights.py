@@ -50,19 +50,22 @@ class LoadedModel:
         return replace(config, model=self.name, tokenizer=self.tokenizer.digest)
 
 
-def load_model(name: str = DEFAULT_MODEL, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
-    """Load a model for segmented execution; for inference alone.
+def load_model(
+    name: str = DEFAULT_MODEL, *, dtype: str = "auto", device: str = "auto", trainable: bool = False
+) -> LoadedModel:
+    """Load a model for segmented execution.
 
     name: DEFAULT_MODEL, a local directory (safetensors), a .gguf file, or a hub id. dtype: a key of DTYPES, or "auto":
     bfloat16 where the device computes in it, else float32. device: a torch device, or "auto": the GPU if there is one.
+    trainable: every weight asks for gradients; otherwise the model is for inference alone.
     Raises NotFound, UnsupportedModel, ConfigError.
     """
     target = _device(device)
     wanted = _dtype(dtype, target)
-    return apart(partial(_load, name, wanted, target))
+    return apart(partial(_load, name, wanted, target, trainable))
 
 
-def _load(name: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def _load(name: str, dtype: torch.dtype, device: torch.device, trainable: bool) -> LoadedModel:
     path = default_model_directory() if name == DEFAULT_MODEL else name
     try:
         tokenizer, model = _read(path, dtype)
@@ -74,7 +77,10 @@ def _load(name: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
             model=name,
         ) from error
     text, lm = TextTokenizer(tokenizer), CausalLM(_to(model, device))
-    pack_linears(model)
+    if trainable:
+        model.requires_grad_(True)
+    else:
+        pack_linears(model)
     return LoadedModel(name, lm, text, ChatFormat.of(text), _end_tokens(model, tokenizer))
 
 

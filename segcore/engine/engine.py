@@ -312,6 +312,7 @@ class Engine:
         self._place(session, state)
         self._add(session)
 
+    @torch.inference_mode()
     def _regained(self, session: Session, snapshot: Snapshot) -> tuple[State, Tensor | None]:
         """The state of a snapshot, and its last logits; where its blocks don't all stand, of what does."""
         if not self._regain(session.past, snapshot.keys) or snapshot.tensors is None:

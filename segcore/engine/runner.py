@@ -1,10 +1,12 @@
 """F, the one operator: (logits, state') = F(tokens of a chunk, state). Training, prefill and decode call this.
 
-Shapes: B sequences, T tokens, H KV heads, G query heads per KV head, N rows, D head dimension, V vocabulary.
+Shapes: B sequences, T tokens, H KV heads, G query heads per KV head, N rows, D head dimension, V vocabulary,
+C hidden dimension.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from segcore.attention import ATTENTION
 from segcore.config import Cell, SegmentConfig
-from segcore.model import Attend, CausalLM
+from segcore.model import CausalLM
 from segcore.pastkv.session import SessionPast
 from segcore.policies import make_policy
 from segcore.segments import is_refresh_point
@@ -56,6 +58,12 @@ class Runner:
         width: the batch is padded to this many sequences. With one width for all passes of a kind, a stream's values
         don't depend on its company, to the last bit: matrix products of one shape treat their rows alike.
         """
+        return self.model.head(self.hidden(tokens_BT, states, pasts, width=width), all_logits=all_logits)[: len(states)]
+
+    def hidden(
+        self, tokens_BT: Tensor, states: Sequence[State], pasts: Sequence[SessionPast], *, width: int = 1
+    ) -> Tensor:
+        """What `forward` makes logits of, [width or B, T, C]."""
         batch, tokens = tokens_BT.shape
         for row, state, past in zip(tokens_BT.tolist(), states, pasts, strict=True):
             assert 0 < tokens <= self.config.segment_tokens - state.filled
@@ -64,19 +72,23 @@ class Runner:
             if end == self.config.segment_tokens or is_refresh_point(end, self.config):
                 self.policy.prefetch(state, past)
         padded = torch.nn.functional.pad(tokens_BT, (0, 0, 0, max(width - batch, 0)))
-        attends = [self._attend(state) for state in states]
-        return self.model.batch(padded.to(self.model.spec.device), attends, all_logits=all_logits)[:batch]
+        attends = [_Pass(self, state) for state in states]
+        hidden_BTC = self.model.hidden(padded.to(self.model.spec.device), attends)
+        for attend in attends:
+            attend.end()
+        return hidden_BTC
 
-    def arrive(self, state: State, past: SessionPast, tokens: int, logits_V: Tensor) -> None:
+    def arrive(self, state: State, past: SessionPast, tokens: int, logits_V: Tensor | None) -> None:
         """A pass over `tokens` is done: take the close or the refresh point that it reached.
 
+        logits_V: of its last token; without them a closed segment's block isn't completed: no other stream uses it.
         Raises PastKVError; then the state is of no use, and the journal says how to make it again.
         """
         state.length += tokens
         state.filled += tokens
         if state.filled == self.config.segment_tokens:
             self.policy.close(state, past)
-            if self.policy.layout is not None:
+            if self.policy.layout is not None and logits_V is not None:
                 past.complete(self.policy.boundary(state) | {"logits": logits_V})
         elif is_refresh_point(state.filled, self.config):
             self.policy.refresh(state, past)
@@ -94,22 +106,6 @@ class Runner:
         state.events = past.journal.events_until(state.length)
         return state, boundary["logits"].to(self.model.spec.device)
 
-    def _attend(self, state: State) -> Attend:
-        """One stream's attention."""
-
-        def attend(layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
-            self._watch(state, layer, q_HGTD)
-            windows = state.layers[layer]
-            if len(windows) == 1:
-                return self._see(windows[0], state.filled, q_HGTD, k_HTD, v_HTD, scale)
-            out = torch.empty_like(q_HGTD)
-            for w in windows:
-                heads = list(w.heads)
-                out[heads] = self._see(w, state.filled, q_HGTD[heads], k_HTD[heads], v_HTD[heads], scale)
-            return out
-
-        return attend
-
     def _see(self, window: Window, filled: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
         """Append the chunk to the window, then let its queries see the prefix and the segment so far."""
         row = window.base + filled
@@ -119,9 +115,40 @@ class Runner:
         return self._attention(rotated_q.view_as(q_HGTD), window.rotated_HND[:, seen], window.v_HND[:, seen], scale)
 
     def _watch(self, state: State, layer: int, q_HGTD: Tensor) -> None:
-        """Keep the latest unrotated queries of the watched cells."""
+        """Keep the latest unrotated queries of the watched cells; no gradient passes through them."""
         for head in range(q_HGTD.shape[0]):
             i = self._watched.get(Cell(layer, head))
             if i is not None:
-                latest = torch.cat([state.queries[i], q_HGTD[head]], dim=1)
+                latest = torch.cat([state.queries[i], q_HGTD[head].detach()], dim=1)
                 state.queries[i] = latest[:, -self.policy.watched_tokens :].clone()
+
+
+class _Pass:
+    """One stream's attention in one pass.
+
+    Activation checkpointing calls it again in the backward pass. It then repeats what it did, on the windows that it
+    saw, and leaves alone the state, which has moved on.
+    """
+
+    def __init__(self, runner: Runner, state: State) -> None:
+        self._runner, self._before, self._filled = runner, list(state.layers), state.filled
+        self._state: State | None = state
+
+    def __call__(self, layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
+        windows = self._before[layer]
+        if torch.is_grad_enabled():
+            windows = [copy.copy(w) for w in windows]
+        if self._state is not None:
+            self._state.layers[layer] = windows
+            self._runner._watch(self._state, layer, q_HGTD)
+        if len(windows) == 1:
+            return self._runner._see(windows[0], self._filled, q_HGTD, k_HTD, v_HTD, scale)
+        out = torch.empty_like(q_HGTD)
+        for w in windows:
+            heads = list(w.heads)
+            out[heads] = self._runner._see(w, self._filled, q_HGTD[heads], k_HTD[heads], v_HTD[heads], scale)
+        return out
+
+    def end(self) -> None:
+        """The state moves on. It is let go of, too: its tensors' graph may hold this, a cycle that nobody collects."""
+        self._state = None

@@ -28,7 +28,7 @@ _FIELDS = ("k_HND", "rotated_HND", "v_HND")
 
 
 def pack(state: State) -> dict[str, Tensor]:
-    """The state's live tensors, copied to host memory."""
+    """The state's live tensors, copied to host memory. Gradients pass, and through `unpack` too."""
     host = torch.device("cpu")
     tensors = {
         "counts": torch.tensor([state.length, state.filled, state.events]),
@@ -44,7 +44,6 @@ def pack(state: State) -> dict[str, Tensor]:
     return tensors
 
 
-@torch.inference_mode()
 def unpack(tensors: dict[str, Tensor], policy: Policy[Any]) -> State:
     """The state again, on the policy's device."""
     state, device = policy.begin(), policy.spec.device
@@ -56,6 +55,11 @@ def unpack(tensors: dict[str, Tensor], policy: Policy[Any]) -> State:
             name = f"window.{layer}.{i}"
             _restore(window, tensors[f"{name}.rows"].tolist(), [tensors[f"{name}.{field}"] for field in _FIELDS])
     return state
+
+
+def differentiable(tensors: dict[str, Tensor]) -> list[str]:
+    """Which of a packed state's tensors a gradient may pass through: keys and values, where there are any."""
+    return [n for n, t in tensors.items() if n.startswith("window.") and t.is_floating_point() and t.numel()]
 
 
 def _restore(window: Window, rows: list[int], live: list[Tensor]) -> None:

@@ -5,7 +5,7 @@ Shapes: C cells, R retrieved tokens, S tokens of a segment, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +62,13 @@ class SessionPast:
     def in_memory(self) -> bool:
         """Whether every block is in memory."""
         return all(self._manager.in_memory(key) for key in self._keys)
+
+    def decide(self, choose: Callable[[], Tensor]) -> Tensor:
+        """What a policy chooses by the stream's values, as indices: `choose`'s answer.
+
+        Every such choice goes through here, for training to repeat it when it runs a segment again.
+        """
+        return choose()
 
     def prefetch(self, positions: Tensor) -> None:
         """Past tokens that the next `gather` may ask for: their rows come to host memory in the background.

@@ -15,6 +15,7 @@ Shapes: P lags, L tokens of a lag, H KV heads, N rows, K kept tokens of a lag, D
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,14 +71,14 @@ class LagKVPolicy(Policy[LagKVConfig]):
             stop = window.base + state.filled
             # Rows stand in stream order: sinks, what is left of compressed lags, and from `first` on everything.
             first = min(window.start + self.config.sink_tokens + done * self.kept_tokens, stop)
-            window.keep(self._rows(window, first, stop, due), position=state.length)
+            window.keep(self._rows(window, first, stop, due, past), position=state.length)
         state.filled = 0
 
     def _compressed(self, tokens: int) -> int:
         """How many lags are compressed in a prefix of so many tokens: all full ones but the last."""
         return max((tokens - self.config.sink_tokens) // self.config.lag_tokens - 1, 0)
 
-    def _rows(self, window: Window, first: int, stop: int, lags: int) -> Tensor:
+    def _rows(self, window: Window, first: int, stop: int, lags: int, past: SessionPast) -> Tensor:
         """The rows that stay, of [window.start, stop), when the `lags` lags from row `first` on are compressed: [H, N].
 
         A lag's successor follows it, whole.
@@ -90,7 +91,8 @@ class LagKVPolicy(Policy[LagKVConfig]):
             lag_rows = slice(first, end + size)
             k, v = window.rotated_HND[:, lag_rows], window.v_HND[:, lag_rows]
             k_HPLD, v_HPLD = k.unflatten(1, (-1, size)), v.unflatten(1, (-1, size))
-            scores_HPL = score_lag(k_HPLD[:, :-1], v_HPLD[:, :-1], k_HPLD[:, 1:], v_HPLD[:, 1:])
+            scored = partial(score_lag, k_HPLD[:, :-1], v_HPLD[:, :-1], k_HPLD[:, 1:], v_HPLD[:, 1:])
+            best_HPK = past.decide(lambda: best_of_lag(scored(), self.kept_tokens)).to(device)
             starts_P1 = torch.arange(first, end, size, device=device)[:, None]
-            kept_HN = (starts_P1 + best_of_lag(scores_HPL, self.kept_tokens)).flatten(1)
+            kept_HN = (starts_P1 + best_HPK).flatten(1)
         return torch.cat([before.expand(heads, -1), kept_HN, after.expand(heads, -1)], dim=1)

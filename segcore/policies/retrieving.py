@@ -80,7 +80,7 @@ class RetrievingPolicy(Policy[C]):
         return [self._window(heads, prefix=rows, position=rows) for heads in (reading, *groups.values()) if heads]
 
     def close(self, state: State, past: SessionPast) -> None:
-        if self.readers:
+        if self.readers and past.segments * self.config.segment_tokens < state.length:  # else it runs again
             self._append(state, past)
         for layer, windows in enumerate(state.layers):
             for window in windows:
@@ -93,7 +93,7 @@ class RetrievingPolicy(Policy[C]):
     def refresh(self, state: State, past: SessionPast) -> None:
         if not self.readers or state.closed == 0:
             return
-        state.retrieved_CR = self._choice(state, past)
+        state.retrieved_CR = past.decide(lambda: self._choice(state, past))
         self._insert_retrieved(state, past)
 
     def prefetch(self, state: State, past: SessionPast) -> None:
@@ -142,6 +142,7 @@ class RetrievingPolicy(Policy[C]):
             return self.config.sink_tokens, self.config.reader_tail_tokens
         return self.seen_by_others(Cell(layer, window.heads[0]))
 
+    @torch.no_grad()
     def _append(self, state: State, past: SessionPast) -> None:
         """Hand the full segment's keys and values of the readers, and what is searched, to past KV."""
         kv_SC2D = self.like.new_empty((state.filled, len(self.readers), 2, self.spec.head_dim))

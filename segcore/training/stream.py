@@ -1,0 +1,57 @@
+"""What is trained on: a stream of tokens, which of them are to be predicted, and where turns end.
+
+Shape: T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from segcore.errors import InvalidInput
+
+# A label that isn't a target, as in transformers.
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingStream:
+    """A document, or a conversation. Raises InvalidInput for what can't be one.
+
+    name: says which one it is, in errors. tokens_T, labels_T: int64 in host memory; token t is to be predicted if label
+    t isn't IGNORED (the first never is), and None means all. marks: ends of turns, as indices of the tokens that come
+    next; the prefix is chosen anew before these (design, section 6).
+    """
+
+    name: str
+    tokens_T: Tensor
+    labels_T: Tensor | None = None
+    marks: tuple[int, ...] = ()
+    targets_T: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        labels_T = self.tokens_T if self.labels_T is None else self.labels_T
+        for name, values_T in (("tokens", self.tokens_T), ("labels", labels_T)):
+            if values_T.dtype != torch.int64 or values_T.ndim != 1 or not values_T.is_cpu:
+                raise InvalidInput(f"stream {self.name!r}: its {name} must be one row of int64 in host memory")
+        if not 0 < len(self.tokens_T) == len(labels_T):
+            raise InvalidInput(f"stream {self.name!r}: it needs a label for each token, and at least one token")
+        if not all(0 <= mark <= len(self.tokens_T) for mark in self.marks):
+            raise InvalidInput(f"stream {self.name!r}: a mark lies outside of its {len(self.tokens_T)} tokens")
+        # What each position predicts: the token after it; the last one, nothing.
+        targets_T = torch.cat([labels_T[1:], labels_T.new_tensor([IGNORED])])
+        object.__setattr__(self, "targets_T", targets_T)
+
+    @property
+    def valid_tokens(self) -> int:
+        """How many of its tokens are to be predicted."""
+        return int((self.targets_T != IGNORED).sum())
+
+    def check_vocabulary(self, vocabulary: int) -> None:
+        """Raise InvalidInput for ids outside it: on a GPU they would end the process."""
+        targets_n = self.targets_T[self.targets_T != IGNORED]
+        for name, ids in (("token", self.tokens_T), ("label", targets_n)):
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+                raise InvalidInput(f"stream {self.name!r}: a {name} isn't in the vocabulary of {vocabulary}")

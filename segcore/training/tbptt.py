@@ -1,0 +1,262 @@
+"""Backpropagation through a stream's segments, exactly truncated, in memory that doesn't grow with the stream.
+
+F makes of segment s and the state C(s-1) before it the next state C(s), and the segment's loss. With K, the gradient of
+that loss reaches the tokens of segments s, s-1, ..., s-K, through the keys and values that a close carries over; past
+KV, choices and the query window carry none (design, section 8). The values are those of the whole recurrence.
+
+A first run without gradient keeps the state before each segment, packed as for a snapshot, in host memory. A second one
+walks backwards: it builds a segment's graph anew, with the packed keys and values before it as leaves, and pulls back
+the gradient of the segment's loss together with what later segments left on its outgoing state. The second run repeats
+the choices of the first and searches nothing, so that both see the same prefix.
+
+How far a gradient may still go depends on whose it is: at C(s), that of the loss of segment s+j is of age j, and passes
+segment s only if j < K. So ages are pulled back to the incoming state one by one, and to the weights all together. If
+nothing is ever cut (K is "all", or the stream is short), one sum of them will do.
+
+What it costs, in forward passes (a backward pass is two: one for activations, one for weights): 3 for K = 0, which
+needs no first run; 4 for "all"; 4 + K otherwise. A segment that no gradient reaches isn't built: of a long document
+with a short answer, only the last K + 1 segments. Beside the packed states, about as large as a decode slot each, host
+memory holds past KV. States of policies that aren't bounded grow, and their sum with the square of the stream: give
+these longer segments.
+
+Shapes: T tokens, C hidden dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from segcore.config import GIB, CacheConfig, SegmentConfig
+from segcore.engine.runner import Runner
+from segcore.engine.snapshot import differentiable, pack, unpack
+from segcore.errors import ConfigError, InvalidInput, NonFiniteLoss
+from segcore.model import CausalLM
+from segcore.packed import PackedLinear
+from segcore.pastkv.manager import PastKVManager
+from segcore.segments import tokens_to_next_cut
+from segcore.state import State
+from segcore.training.activations import checkpointed
+from segcore.training.loss import head_loss_and_grad
+from segcore.training.past import RecordedPast
+from segcore.training.stream import IGNORED, TrainingStream
+
+Depth = int | Literal["all"]
+# Gradients of a state's packed keys and values, by name.
+Gradients = dict[str, Tensor]
+# Tensors of a graph, each with the gradient that is known of it.
+Pulls = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class StreamLoss:
+    """total: minus log likelihood of a stream's targets, in nats, summed. tokens: how many targets."""
+
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.tokens if self.tokens else 0.0
+
+
+class _Boundary(NamedTuple):
+    """Before a segment: the state, packed, and how many decisions had been taken."""
+
+    state: dict[str, Tensor]
+    decided: int
+
+
+class SegmentedTrainer:
+    """Losses and gradients of streams, one at a time, under a policy.
+
+    model: its parameters that ask for gradients are trained: all (`load_model(trainable=True)`), or those of an adapter
+    that was added to `model.model`. Dropout is off: what is trained is what is served.
+    k: K above, or "all". chunk_tokens: longest pass; with the engine's, values are the engine's to the last bit.
+    checkpoint_layers: keep a layer's input alone, and run it again once per backward pass (K + 1, or one).
+    host_bytes: budget for a stream's past KV; more raises StorageFull.
+
+    Raises ConfigError if nothing can be trained.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        config: SegmentConfig,
+        *,
+        k: Depth = 1,
+        chunk_tokens: int = 1024,
+        checkpoint_layers: bool = False,
+        host_bytes: int = 8 * GIB,
+    ) -> None:
+        if k != "all" and (not isinstance(k, int) or k < 0):
+            raise ConfigError(f"k={k!r} must be a whole number of at least 0, or 'all'")
+        if chunk_tokens < 1:
+            raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1")
+        self.model, self.config, self.k, self.chunk_tokens = model, config, k, chunk_tokens
+        self._runner, self._checkpoint = Runner(model, config), checkpoint_layers
+        # Nobody may find these blocks: the next step changes the weights that they depend on.
+        cache = CacheConfig(host_bytes=host_bytes, reuse=False)
+        self._manager = PastKVManager(cache, device=model.spec.device)
+        if any(isinstance(module, PackedLinear) for module in model.model.modules()):
+            raise ConfigError("the model's weights are packed for inference: load_model(..., trainable=True)")
+        if not self.parameters:
+            raise ConfigError(
+                "no parameter asks for gradients: call model.model.requires_grad_(True), or add an adapter to it"
+            )
+        model.model.eval()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for p in self.model.model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def loss_and_grad(self, stream: TrainingStream, valid_tokens: int) -> StreamLoss:
+        """The stream's loss; adds the gradient of its sum divided by `valid_tokens` to the parameters' `.grad`.
+
+        valid_tokens: targets of all streams of a step, on all workers: then the sum of all gradients is that of one.
+        Raises InvalidInput for a stream that can't be run, NonFiniteLoss, whose details name the stream, and
+        PastKVError. After an error the gradients are of no use.
+        """
+        self._check(stream, valid_tokens)
+        past = RecordedPast(self._manager, self._runner.policy.layout)
+        try:
+            with checkpointed(self.model.layers) if self._checkpoint else nullcontext():
+                total = _Unrolled(self._runner, stream, past, self.k, self.chunk_tokens, 1 / valid_tokens).total()
+        finally:
+            past.truncate(0)
+        return StreamLoss(total, stream.valid_tokens)
+
+    def _check(self, stream: TrainingStream, valid_tokens: int) -> None:
+        stream.check_vocabulary(self.model.spec.vocabulary)
+        most = self._runner.policy.max_stream_tokens
+        if most is not None and len(stream.tokens_T) > most:
+            raise InvalidInput(
+                f"stream {stream.name!r} has {len(stream.tokens_T)} tokens, and {self.model.spec.architecture} was"
+                f" trained on {most} positions, which policy {self.config.policy!r} keeps"
+            )
+        if valid_tokens < max(1, stream.valid_tokens):
+            raise InvalidInput(f"valid_tokens={valid_tokens} must count the targets of all streams")
+
+
+class _Unrolled:
+    """One stream's recurrence, there and back."""
+
+    def __init__(
+        self, runner: Runner, stream: TrainingStream, past: RecordedPast, k: Depth, chunk_tokens: int, weight: float
+    ) -> None:
+        self._runner, self._stream, self._past, self._weight = runner, stream, past, weight
+        self._chunk_tokens, self._size = chunk_tokens, runner.config.segment_tokens
+        targets = (stream.targets_T != IGNORED).nonzero()
+        # Where segments begin; what comes after the last target changes nothing.
+        self._firsts = range(0, int(targets[-1]) + 1 if len(targets) else 0, self._size)
+        # None: nothing is ever cut.
+        self._k = None if k == "all" or k >= len(self._firsts) - 1 else k
+
+    def total(self) -> float:
+        """The summed loss; gradients are added to the parameters' `.grad`."""
+        return self._forwards() if self._k == 0 else self._backwards()
+
+    def _forwards(self) -> float:
+        """K = 0: a segment's graph begins with the segment, so one run will do."""
+        total, state = 0.0, self._runner.begin()
+        for first in self._firsts:
+            with torch.set_grad_enabled(self._has_targets(first)):
+                hidden_TC = self._segment(state)
+            loss, pulls = self._loss(first, hidden_TC)
+            _backward(pulls)
+            state, total = unpack(pack(state), self._runner.policy), total + loss
+        return total
+
+    def _backwards(self) -> float:
+        total, boundaries = 0.0, self._boundaries()
+        ages: list[Gradients] = []
+        for first in reversed(self._firsts):
+            before = boundaries.pop()
+            if self._has_targets(first) or any(ages):
+                loss, ages = self._pull_back(first, before, ages)
+                total += loss
+        return total
+
+    def _boundaries(self) -> list[_Boundary]:
+        """The first run: what is before each segment."""
+        state = self._runner.begin()
+        boundaries = [_Boundary(pack(state), self._past.decided)]
+        for _ in self._firsts[1:]:
+            self._segment(state)
+            boundaries.append(_Boundary(pack(state), self._past.decided))
+        return boundaries
+
+    def _pull_back(self, first: int, before: _Boundary, ages: Sequence[Gradients]) -> tuple[float, list[Gradients]]:
+        """Build a segment's graph and take its backward passes.
+
+        ages: gradients of the state after it, the youngest, of age 1, first. Returns the segment's loss and the ages
+        of the state before it.
+        """
+        leaves = {name: before.state[name].requires_grad_() for name in differentiable(before.state)}
+        self._past.rewind(before.decided)
+        with torch.enable_grad():
+            state = unpack(before.state, self._runner.policy)
+            hidden_TC = self._segment(state)
+            after = pack(state)
+        loss, pulls = self._loss(first, hidden_TC)
+        by_age = [pulls, *([(after[name], gradient) for name, gradient in age.items()] for age in ages)]
+        older = [] if self._k is None else [_pulled(pulls, leaves) for pulls in by_age[: self._k]]
+        _backward([pull for pulls in by_age for pull in pulls])
+        if self._k is None:
+            older = [{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}]
+        return loss, older
+
+    def _segment(self, state: State) -> Tensor:
+        """F from a segment's first token to its last or the stream's; hidden states, [T, C]."""
+        stream, hidden = self._stream, []
+        stop = min(state.length + self._size, len(stream.tokens_T))
+        while (at := state.length) < stop:
+            if at in stream.marks:
+                self._runner.mark(state, self._past)
+            end = min((mark for mark in stream.marks if at < mark < stop), default=stop)
+            count = min(tokens_to_next_cut(state.filled, self._runner.config, self._chunk_tokens), end - at)
+            hidden.append(self._runner.hidden(stream.tokens_T[None, at : at + count], [state], [self._past])[0])
+            self._runner.arrive(state, self._past, count, None)
+        return torch.cat(hidden)
+
+    def _has_targets(self, first: int) -> bool:
+        return bool((self._stream.targets_T[first : first + self._size] != IGNORED).any())
+
+    def _loss(self, first: int, hidden_TC: Tensor) -> tuple[float, Pulls]:
+        """A segment's summed loss, and the gradient that it puts on the hidden states."""
+        if not self._has_targets(first):
+            return 0.0, []
+        targets_T = self._stream.targets_T[first : first + len(hidden_TC)]
+        loss, gradient_TC = head_loss_and_grad(self._runner.model, hidden_TC, targets_T, self._weight)
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(
+                f"stream {self._stream.name!r}: the loss of its tokens from {first} on is {loss}",
+                stream=self._stream.name,
+                first=first,
+            )
+        return loss, [(hidden_TC, gradient_TC)]
+
+
+def _backward(pulls: Pulls) -> None:
+    """Add gradients to all leaves, parameters and others."""
+    if pulls := [pull for pull in pulls if pull[0].requires_grad]:
+        tensors, gradients = zip(*pulls, strict=True)
+        torch.autograd.backward(tensors, gradients)
+
+
+def _pulled(pulls: Pulls, leaves: dict[str, Tensor]) -> Gradients:
+    """Gradients of the leaves alone; the graph stays."""
+    pulls = [pull for pull in pulls if pull[0].requires_grad]
+    if not (pulls and leaves):
+        return {}
+    tensors, gradients = zip(*pulls, strict=True)
+    found = torch.autograd.grad(tensors, list(leaves.values()), gradients, retain_graph=True, allow_unused=True)
+    return {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
