@@ -48,6 +48,11 @@ class Window:
             self.k_HND, self.rotated_HND, self.v_HND = self.k_HND.clone(), self.rotated_HND.clone(), self.v_HND.clone()
         self.k_HND[:, rows], self.rotated_HND[:, rows], self.v_HND[:, rows] = k_HTD, rotated_HTD, v_HTD
 
+    def between(self, *rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Copies of the keys, unrotated, and values of some ranges of rows, one behind the other, [H, n, D] each."""
+        k, v = ([x[:, first:stop] for first, stop in rows] for x in (self.k_HND, self.v_HND))
+        return torch.cat(k, dim=1), torch.cat(v, dim=1)
+
     def keep(self, rows: Tensor, position: int) -> None:
         """Make `rows`, [n] or one choice per head [H, n], the prefix of an empty segment, as they are rotated.
 

@@ -113,19 +113,13 @@ def sinks_and_tail(closed: int, sink_tokens: int, tail_tokens: int) -> tuple[int
     return sinks, min(tail_tokens, closed - sinks)
 
 
-def sink_and_tail_rows(window: Window, state: State, sink_tokens: int, tail_tokens: int) -> Tensor:
-    """The rows of a full segment's window that hold the stream's first and last tokens, ascending."""
+def segment_ends(window: Window, state: State, sink_tokens: int, tail_tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, [H, N, D] each, of the stream's first and last tokens, from a full segment's window."""
     sinks, tail = sinks_and_tail(state.length, sink_tokens, tail_tokens)
     # In the first segment the sinks stand at its head; later they lead the prefix.
     sink_row = window.base if state.closed == 0 else window.start
-    tail_row = window.base + state.filled - tail
-    device = window.k_HND.device
-    return torch.cat(
-        [
-            torch.arange(sink_row, sink_row + sinks, device=device),
-            torch.arange(tail_row, tail_row + tail, device=device),
-        ]
-    )
+    stop = window.base + state.filled
+    return window.between((sink_row, sink_row + sinks), (stop - tail, stop))
 
 
 def write_prefix(window: Window, rope: Rope, k_HTD: Tensor, v_HTD: Tensor) -> None:

@@ -6,7 +6,7 @@ Shapes: C choices or cells, R retrieved tokens, S tokens of a segment, H KV head
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -16,11 +16,13 @@ from segcore.config import Cell, RetrievalConfig
 from segcore.model import ModelSpec, Rope
 from segcore.pastkv.base import PastLayout
 from segcore.pastkv.session import SessionPast
-from segcore.policies.base import Policy, sink_and_tail_rows, sinks_and_tail, write_prefix
+from segcore.policies.base import Policy, segment_ends, sinks_and_tail, write_prefix
 from segcore.retrieval import KeyIndex
 from segcore.state import State, Window
 
 C = TypeVar("C", bound=RetrievalConfig)
+# Keys and values, [H, N, D] each, by layer and the window's number in it.
+Ends = dict[tuple[int, int], tuple[Tensor, Tensor]]
 
 
 class RetrievingPolicy(Policy[C]):
@@ -82,19 +84,19 @@ class RetrievingPolicy(Policy[C]):
     def close(self, state: State, past: SessionPast) -> None:
         if self.readers and past.segments * self.config.segment_tokens < state.length:  # else it runs again
             self._append(state, past)
-        for layer, windows in enumerate(state.layers):
-            for window in windows:
-                sinks, tail = self._sees(layer, window)
-                rows = sink_and_tail_rows(window, state, sinks, tail)
-                write_prefix(window, self.rope, window.k_HND[:, rows], window.v_HND[:, rows])
+        ends = {(layer, i): segment_ends(w, state, *self._sees(layer, w)) for layer, i, w in _numbered(state)}
         state.filled = 0
-        self.refresh(state, past)
+        for layer, i, window in _numbered(state):
+            if not self._reads(layer, window):
+                write_prefix(window, self.rope, *ends[layer, i])
+        if self.readers:
+            self._choose_anew(state, past, ends)
 
     def refresh(self, state: State, past: SessionPast) -> None:
-        if not self.readers or state.closed == 0:
-            return
-        state.retrieved_CR = past.decide(lambda: self._choice(state, past))
-        self._insert_retrieved(state, past)
+        if self.readers and state.closed:
+            sinks, tail = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
+            reading = ((layer, i, w) for layer, i, w in _numbered(state) if self._reads(layer, w))
+            self._choose_anew(state, past, {(layer, i): prefix_ends(w, sinks, tail) for layer, i, w in reading})
 
     def prefetch(self, state: State, past: SessionPast) -> None:
         """Guess by the queries so far; worth a search only if some of the past isn't in memory."""
@@ -104,11 +106,10 @@ class RetrievingPolicy(Policy[C]):
     def boundary(self, state: State) -> dict[str, Tensor]:
         """Queries and choice, and the prefix of the cells that aren't in past KV."""
         kept = {f"queries.{i}": q for i, q in enumerate(state.queries)} | {"retrieved": state.retrieved_CR}
-        for layer, windows in enumerate(state.layers):
-            for i, window in enumerate(windows):
-                if not self._reads(layer, window):
-                    prefix = slice(window.start, window.base)
-                    kept[f"prefix.{layer}.{i}"] = torch.stack([window.k_HND[:, prefix], window.v_HND[:, prefix]])
+        for layer, i, window in _numbered(state):
+            if not self._reads(layer, window):
+                prefix = slice(window.start, window.base)
+                kept[f"prefix.{layer}.{i}"] = torch.stack([window.k_HND[:, prefix], window.v_HND[:, prefix]])
         return kept
 
     def resume(self, boundary: dict[str, Tensor], past: SessionPast) -> State:
@@ -117,17 +118,20 @@ class RetrievingPolicy(Policy[C]):
         state.queries = [boundary[f"queries.{i}"].to(device) for i in range(len(self.watched))]
         state.retrieved_CR = boundary["retrieved"]
         sinks, tail = sinks_and_tail(state.length, self.config.sink_tokens, self.config.reader_tail_tokens)
-        ends = torch.cat([torch.arange(sinks), torch.arange(state.length - tail, state.length)])
-        kv_RC2D = past.gather(ends).to(device)
-        for layer, windows in enumerate(state.layers):
-            for i, window in enumerate(windows):
-                if self._reads(layer, window):
-                    k_HTD, v_HTD = self._of_heads(kv_RC2D, layer, window)
-                else:
-                    k_HTD, v_HTD = boundary[f"prefix.{layer}.{i}"].to(device)
-                write_prefix(window, self.rope, k_HTD, v_HTD)
-        self._insert_retrieved(state, past)
+        kv_NC2D = past.gather(torch.cat([torch.arange(sinks), torch.arange(state.length - tail, state.length)]))
+        ends = {}
+        for layer, i, window in _numbered(state):
+            if self._reads(layer, window):
+                ends[layer, i] = self._of_heads(kv_NC2D, layer, window)
+            else:
+                write_prefix(window, self.rope, *boundary[f"prefix.{layer}.{i}"].to(device))
+        if self.readers:
+            self._insert_retrieved(state, past, ends)
         return state
+
+    def _choose_anew(self, state: State, past: SessionPast, ends: Ends) -> None:
+        state.retrieved_CR = past.decide(lambda: self._choice(state, past))
+        self._insert_retrieved(state, past, ends)
 
     def _choice(self, state: State, past: SessionPast) -> Tensor:
         """What the queries so far choose, of the tokens that readers don't see anyway."""
@@ -146,28 +150,22 @@ class RetrievingPolicy(Policy[C]):
     def _append(self, state: State, past: SessionPast) -> None:
         """Hand the full segment's keys and values of the readers, and what is searched, to past KV."""
         kv_SC2D = self.like.new_empty((state.filled, len(self.readers), 2, self.spec.head_dim))
-        for layer, windows in enumerate(state.layers):
-            for window in windows:
-                if self._reads(layer, window):
-                    columns = self._columns(layer, window)
-                    rows = slice(window.base, window.base + state.filled)
-                    kv_SC2D[:, columns, 0] = window.k_HND[:, rows].transpose(0, 1)
-                    kv_SC2D[:, columns, 1] = window.v_HND[:, rows].transpose(0, 1)
+        for layer, _, window in _numbered(state):
+            if self._reads(layer, window):
+                columns, rows = self._columns(layer, window), slice(window.base, window.base + state.filled)
+                kv_SC2D[:, columns, 0] = window.k_HND[:, rows].transpose(0, 1)
+                kv_SC2D[:, columns, 1] = window.v_HND[:, rows].transpose(0, 1)
         past.append(kv_SC2D, self.searched(state))
 
-    def _insert_retrieved(self, state: State, past: SessionPast) -> None:
-        """Put the retrieved tokens between sinks and tail of every reader, in place of what was there."""
-        sinks, tail = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
-        kv_RC2D = past.gather(state.retrieved_CR).to(self.spec.device)
-        for layer, windows in enumerate(state.layers):
-            for window in windows:
-                if self._reads(layer, window):
-                    k_HRD, v_HRD = self._of_heads(kv_RC2D, layer, window)
-                    head = slice(window.start, window.start + sinks)
-                    end = slice(window.base - tail, window.base)
-                    k = torch.cat([window.k_HND[:, head], k_HRD, window.k_HND[:, end]], dim=1)
-                    v = torch.cat([window.v_HND[:, head], v_HRD, window.v_HND[:, end]], dim=1)
-                    write_prefix(window, self.rope, k, v)
+    def _insert_retrieved(self, state: State, past: SessionPast, ends: Ends) -> None:
+        """Write the prefix of every reader: its ends, sinks and tail, with the retrieved tokens in between."""
+        sinks, _ = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
+        kv_RC2D = past.gather(state.retrieved_CR)
+        for layer, i, window in _numbered(state):
+            if self._reads(layer, window):
+                pairs = zip(ends[layer, i], self._of_heads(kv_RC2D, layer, window), strict=True)
+                k, v = (torch.cat([x[:, :sinks], retrieved, x[:, sinks:]], dim=1) for x, retrieved in pairs)
+                write_prefix(window, self.rope, k, v)
 
     def _of_heads(self, kv_RC2D: Tensor, layer: int, window: Window) -> tuple[Tensor, Tensor]:
         """Keys and values of a window's heads, [H, R, D] each."""
@@ -178,3 +176,15 @@ class RetrievingPolicy(Policy[C]):
         """A reading window's columns of past KV: adjacent, for readers are in the order of layers and heads."""
         first = self._column[Cell(layer, window.heads[0])]
         return slice(first, first + len(window.heads))
+
+
+def prefix_ends(window: Window, sinks: int, tail: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first and last tokens of a prefix."""
+    return window.between((window.start, window.start + sinks), (window.base - tail, window.base))
+
+
+def _numbered(state: State) -> Iterator[tuple[int, int, Window]]:
+    """Every window, with its layer and its number in it."""
+    for layer, windows in enumerate(state.layers):
+        for i, window in enumerate(windows):
+            yield layer, i, window

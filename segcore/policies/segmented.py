@@ -50,8 +50,8 @@ class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
     def searched(self, state: State) -> dict[str, Tensor]:
         """The segment's keys of the cells that choose, [cells, S, D]."""
         keys: dict[Cell, Tensor] = {}
-        for layer, windows in enumerate(state.layers):
-            for window in windows:
+        for layer in {cell.layer for cell in self.watched}:
+            for window in state.layers[layer]:
                 rows = slice(window.base, window.base + state.filled)
                 keys |= {Cell(layer, head): window.k_HND[i, rows] for i, head in enumerate(window.heads)}
         return {"keys": torch.stack([keys[cell] for cell in self.watched])}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from segcore.config import StreamingConfig
 from segcore.model import ModelSpec, Rope
 from segcore.pastkv.session import SessionPast
-from segcore.policies.base import Policy, sink_and_tail_rows, write_prefix
+from segcore.policies.base import Policy, segment_ends, write_prefix
 from segcore.state import State, Window
 
 
@@ -24,6 +24,6 @@ class StreamingPolicy(Policy[StreamingConfig]):
 
     def close(self, state: State, past: SessionPast) -> None:
         for (window,) in state.layers:
-            rows = sink_and_tail_rows(window, state, self.config.sink_tokens, self.config.window_tokens)
-            write_prefix(window, self.rope, window.k_HND[:, rows], window.v_HND[:, rows])
+            ends = segment_ends(window, state, self.config.sink_tokens, self.config.window_tokens)
+            write_prefix(window, self.rope, *ends)
         state.filled = 0
