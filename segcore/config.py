@@ -315,6 +315,8 @@ class EngineConfig:
     max_sessions: open sessions.
     max_session_tokens: longest stream.
     max_pending_tokens: tokens accepted ahead of the engine before `room` makes its caller wait; None: a segment.
+    attention: the backend, "flash4", "flash3", "flash2", "sdpa" or "reference"; "auto": the quickest there is, measured
+        once the engine starts.
     model, tokenizer, adapter: what past KV is the past of, beside the weights: names or hashes (`Fingerprint`).
     """
 
@@ -327,6 +329,7 @@ class EngineConfig:
     max_sessions: int = 64
     max_session_tokens: int = 10_000_000
     max_pending_tokens: int | None = None
+    attention: str = "auto"
     model: str = ""
     tokenizer: str = ""
     adapter: str = ""

@@ -89,13 +89,20 @@ class Rope:
         return self(k_HTD[:0], k_HTD, first_position)[1]
 
 
-def _defer_rotation(attention: nn.Module) -> None:
-    """Give a module its own `forward` again, in which the rotation by its file's function does nothing."""
-    own = inspect.unwrap(type(attention).forward)
+def _defer_rotation(modules: Sequence[nn.Module]) -> None:
+    """Give attention modules their own `forward` again, in which the rotation by its file's function does nothing."""
+    # One function for all of a kind: compiled code belongs to its names.
+    forwards = {kind: _without_rotation(kind.forward) for kind in {type(module) for module in modules}}
+    for module in modules:
+        module.forward = types.MethodType(forwards[type(module)], module)
+
+
+def _without_rotation(forward: Callable[..., Any]) -> types.FunctionType:
+    own = cast(types.FunctionType, inspect.unwrap(forward))
     names = own.__globals__ | {ROTATION: lambda q, k, *angles, **options: (q, k)}
-    forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-    forward.__kwdefaults__ = own.__kwdefaults__
-    attention.forward = types.MethodType(forward, attention)
+    twin = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    twin.__kwdefaults__ = own.__kwdefaults__
+    return twin
 
 
 class _Given(nn.Module):
@@ -131,7 +138,8 @@ def _attention(
     return torch.stack(out).flatten(1, 2).transpose(1, 2), None
 
 
-AttentionInterface.register(ATTENTION_NAME, _attention)
+# What attends is Python, and keeps state: not for a compiler.
+AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(_attention))
 
 
 class CausalLM:
@@ -152,8 +160,7 @@ class CausalLM:
         own_logits = _own_logits(model)
         model.set_attn_implementation(ATTENTION_NAME)
         own_rotation = self._record()
-        for attention in _attention_modules(model):
-            _defer_rotation(attention)
+        _defer_rotation(_attention_modules(model))
         unrotated = self._record()
         self.spec = self._measure(unrotated)
         self._check_rotation(unrotated, own_rotation)
@@ -184,6 +191,11 @@ class CausalLM:
         twin._modules = {**self.model._modules, self.model.base_model_prefix: _Given()}
         output = twin(inputs_embeds=hidden_BTC, use_cache=False, logits_to_keep=0 if all_logits else last)
         return cast(Tensor, output.logits)
+
+    def compile(self) -> None:
+        """Let torch fuse what each layer does around its attention; the first passes of a shape take longer for it."""
+        for layer in self.layers:
+            layer.compile()
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from segcore.attention.base import Attention
+
 # Where each version keeps its function. All align a causal mask to the bottom right.
 _HOMES = {"flash4": "flash_attn.cute", "flash3": "flash_attn_interface", "flash2": "flash_attn"}
 
 
-def flash_attentions() -> dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]]:
-    """Attention by the package's version, on a GPU in 16 bits only; see `segcore.attention` for the mask."""
+def flash_attentions() -> dict[str, Attention]:
+    """Attention by the package's version, on a GPU in 16 bits only; see `base` for the mask."""
     found = {}
     for name, home in _HOMES.items():
         try:
@@ -24,7 +26,7 @@ def flash_attentions() -> dict[str, Callable[[Tensor, Tensor, Tensor, float], Te
     return found
 
 
-def _adapted(function: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+def _adapted(function: Callable[..., Any]) -> Attention:
     def attention(q_HGTD: Tensor, k_HND: Tensor, v_HND: Tensor, scale: float) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q_HGTD.flatten(0, 1), k_HND, v_HND))
         out = function(q, k, v, softmax_scale=scale, causal=True)

@@ -14,7 +14,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def sdpa_attention(q_HGTD: Tensor, k_HND: Tensor, v_HND: Tensor, scale: float) -> Tensor:
-    """Softmax attention, [H, G, T, D]; see the package's docstring for the mask."""
+    """Softmax attention, [H, G, T, D]; see `base` for the mask."""
     heads, group, tokens, dim = q_HGTD.shape
     prefix = k_HND.shape[1] - tokens
     if tokens == 1:

@@ -70,7 +70,7 @@ class Engine:
 
     def __init__(self, model: CausalLM, config: EngineConfig) -> None:
         self.config, self.spec = config, model.spec
-        self._runner = Runner(model, config.segment)
+        self._runner = Runner(model, config.segment, config.attention)
         self.fingerprint = Fingerprint(
             model=config.model,
             weights=weights_digest(model.model),

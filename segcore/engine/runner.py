@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from segcore.attention import ATTENTION
+from segcore.attention.choice import make_attention
 from segcore.config import Cell, SegmentConfig
 from segcore.model import CausalLM
 from segcore.pastkv.session import SessionPast
@@ -22,12 +22,13 @@ from segcore.state import State, Window
 
 
 class Runner:
-    """A model under a policy."""
+    """A model under a policy. attention: the backend's name; see `make_attention`, whose errors this raises."""
 
-    def __init__(self, model: CausalLM, config: SegmentConfig) -> None:
+    def __init__(self, model: CausalLM, config: SegmentConfig, attention: str = "auto") -> None:
         self.model, self.config = model, config
         self.policy = make_policy(config, model.spec, model.rope)
-        self._attention = ATTENTION["sdpa"]
+        keys = self.policy.windows(0)[0].base + config.segment_tokens
+        self._attention = make_attention(attention, model.spec, config.segment_tokens, keys)
         self._watched = {cell: i for i, cell in enumerate(self.policy.watched)}
 
     def begin(self) -> State:

@@ -64,12 +64,9 @@ class MemoryTier:
 
     def rows(self, key: str, rows_n: Tensor) -> Tensor:
         kv_SC2D = self.get(key).kv_SC2D
-        out = torch.empty(
-            (len(rows_n), *kv_SC2D.shape[1:]),
-            dtype=kv_SC2D.dtype,
-            device=kv_SC2D.device,
-            pin_memory=kv_SC2D.is_pinned(),
-        )
+        # From pinned memory the device takes them without waiting; for what comes and goes torch keeps some.
+        pin = kv_SC2D.is_cpu and torch.cuda.is_available()
+        out = torch.empty((len(rows_n), *kv_SC2D.shape[1:]), dtype=kv_SC2D.dtype, device=kv_SC2D.device, pin_memory=pin)
         return torch.index_select(kv_SC2D, 0, rows_n.to(kv_SC2D.device), out=out)
 
     def head(self, key: str) -> BlockHead:

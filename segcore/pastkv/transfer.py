@@ -17,9 +17,14 @@ IN_FLIGHT = 2
 
 
 class Transfer:
-    """Moves blocks to pinned host memory on a stream and a thread of its own. On a CPU there is nothing to move."""
+    """Moves blocks to host memory on a stream and a thread of its own. On a CPU there is nothing to move.
+
+    They go through one pinned buffer: pinning memory anew for each would hold up the device's own work, seven of ten
+    milliseconds of a large model's prefill (docs/lab-log.md).
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self._pinned = torch.empty(0, dtype=torch.uint8)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._mover = ThreadPoolExecutor(1, thread_name_prefix="segcore-mover")
         self._moving: deque[Future[None]] = deque()
@@ -60,19 +65,17 @@ class Transfer:
         block = find()
         if block is None:
             return
-        kv_SC2D = _to_host(block.kv_SC2D)
-        boundary = {name: _to_host(tensor) for name, tensor in block.boundary.items()}
-        if self._stream is not None:
-            self._stream.synchronize()
+        kv_SC2D = self._to_host(block.kv_SC2D)
+        boundary = {name: self._to_host(tensor) for name, tensor in block.boundary.items()}
         arrived(replace(block, kv_SC2D=kv_SC2D, boundary=boundary))
 
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy, under way, in memory that the device reads without a detour; in other memory where there is none left."""
-    if not tensor.is_cuda:
-        return tensor
-    try:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    except RuntimeError:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return host.copy_(tensor, non_blocking=True)
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda:
+            return tensor
+        assert self._stream is not None
+        if self._pinned.nbytes < tensor.nbytes:
+            self._pinned = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)
+        staged = self._pinned[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        staged.copy_(tensor, non_blocking=True)
+        self._stream.synchronize()
+        return staged.clone()

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from segcore.attention import ATTENTION
+from segcore.attention import choice
 from segcore.attention.reference import reference_attention
 from segcore.attention.sdpa import sdpa_attention
+from segcore.errors import ConfigError
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+ATTENTION = {"reference": reference_attention, "sdpa": sdpa_attention}
 HEADS = {"mha": (4, 1), "gqa": (2, 3), "mqa": (1, 4)}
 # Queries T and keys N: one query, the segment alone, a prefix before it, odd sizes.
 SIZES = [(1, 1), (1, 7), (1, 130), (5, 5), (33, 33), (2, 3), (7, 20), (31, 97)]
@@ -120,3 +122,37 @@ def test_gradients_equal_the_references(tokens):
         grads.append([x.grad for x in leaves])
     for got, want in zip(*grads, strict=True):
         assert_close(got, want, rtol=0, atol=1e-11)
+
+
+def test_an_attention_that_errs_or_fails_is_never_chosen(tiny_lm, monkeypatch, caplog):
+    """What is wrong or NaN is left out however quick it is, and what raises too; the log says so."""
+
+    def fails(*_):
+        raise RuntimeError("no kernel")
+
+    candidates = {
+        "sdpa": sdpa_attention,
+        "nan": lambda q, k, v, scale: q * math.nan,
+        "unscaled": lambda q, k, v, scale: sdpa_attention(q, k, v, 1.0),
+        "fails": fails,
+    }
+    slowness = {attention: i for i, attention in enumerate(reversed(candidates.values()))}
+    monkeypatch.setattr(choice, "_milliseconds", lambda attention, *_: slowness[attention])
+    assert choice._measured(candidates, tiny_lm.spec, 8, 20) is sdpa_attention
+    assert [line for line in caplog.text.splitlines() if "left out" in line][2:] != []
+
+
+def test_the_quickest_is_chosen_for_each_kind_of_pass(tiny_lm, monkeypatch):
+    also = {"one": lambda *given: sdpa_attention(*given), "reference": reference_attention, "sdpa": sdpa_attention}
+    monkeypatch.setattr(choice, "backends", lambda spec: also)
+    quick = {("one", 1): 0, ("sdpa", 1): 1, ("one", 8): 1, ("sdpa", 8): 0}
+    names = {attention: name for name, attention in also.items()}
+    monkeypatch.setattr(choice, "_milliseconds", lambda attention, _, tokens, __: quick[names[attention], tokens])
+    chosen = [choice._measured({n: also[n] for n in ("one", "sdpa")}, tiny_lm.spec, tokens, 20) for tokens in (8, 1)]
+    assert chosen == [sdpa_attention, also["one"]]
+
+
+def test_an_attention_by_name_must_be_there(tiny_lm):
+    assert choice.make_attention("reference", tiny_lm.spec, 8, 20) is reference_attention
+    with pytest.raises(ConfigError, match="attention='flash9' isn't there; choose 'auto' or one of reference, sdpa"):
+        choice.make_attention("flash9", tiny_lm.spec, 8, 20)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GraniteConfig, GraniteForCausalLM
 
-from segcore.attention import reference_attention
+from segcore.attention.reference import reference_attention
 from segcore.config import CacheConfig, Cell, LtriConfig
 from segcore.engine.runner import Runner
 from segcore.errors import ConfigError
