@@ -29,6 +29,9 @@ from segcore.errors import UnsupportedModel
 ATTENTION_NAME = "segcore"
 # What transformers' model files call their rotation.
 ROTATION = "apply_rotary_pos_emb"
+Rotate = Callable[..., tuple[Tensor, Tensor]]
+# Views of where keys, rotated keys and values are kept, [H, T, D] each.
+Rows = tuple[Tensor, Tensor, Tensor]
 # What reached attention, by layer: queries, [H*G, T, D], keys, [H, T, D], and the scale.
 Seen = dict[int, tuple[Tensor, Tensor, float]]
 
@@ -60,8 +63,9 @@ class ModelSpec:
 class Rope:
     """The model's own rotation at positions 0..N-1; the table grows on demand."""
 
-    def __init__(self, angles: nn.Module, rotate: Callable[..., tuple[Tensor, Tensor]], like: Tensor) -> None:
+    def __init__(self, angles: nn.Module, rotate: Rotate, like: Tensor) -> None:
         self._angles, self._rotate, self._like = angles, rotate, like
+        self._rotate_into = _rotate_into
         self._cos_1ND, self._sin_1ND = self._table(1024)
 
     @property
@@ -77,16 +81,36 @@ class Rope:
 
     def __call__(self, q_HTD: Tensor, k_HTD: Tensor, first_position: int) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys that stand at positions first_position, first_position + 1, ..."""
-        stop = first_position + k_HTD.shape[-2]
-        if stop > self._cos_1ND.shape[1]:
-            self._cos_1ND, self._sin_1ND = self._table(max(stop, 2 * self._cos_1ND.shape[1]))
-        cos, sin = self._cos_1ND[:, first_position:stop], self._sin_1ND[:, first_position:stop]
-        q, k = self._rotate(q_HTD[None], k_HTD[None], cos, sin)
+        q, k = self._rotate(q_HTD[None], k_HTD[None], *self._at(first_position, k_HTD.shape[1]))
         return q[0], k[0]
 
     def keys(self, k_HTD: Tensor, first_position: int) -> Tensor:
         """Rotate keys alone."""
         return self(k_HTD[:0], k_HTD, first_position)[1]
+
+    def into(self, rows: Rows, q_HTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, first_position: int) -> Tensor:
+        """Rotate, write keys, rotated keys and values to `rows`, and return the rotated queries. No gradient passes."""
+        cos, sin = self._at(first_position, k_HTD.shape[1])
+        return self._rotate_into(self._rotate, rows, q_HTD, k_HTD, v_HTD, cos, sin)
+
+    def compile(self) -> None:
+        """Let torch fuse `into`."""
+        self._rotate_into = torch.compile(_rotate_into)
+
+    def _at(self, first_position: int, tokens: int) -> tuple[Tensor, Tensor]:
+        stop = first_position + tokens
+        if stop > self._cos_1ND.shape[1]:
+            self._cos_1ND, self._sin_1ND = self._table(max(stop, 2 * self._cos_1ND.shape[1]))
+        return self._cos_1ND[:, first_position:stop], self._sin_1ND[:, first_position:stop]
+
+
+def _rotate_into(
+    rotate: Rotate, rows: Rows, q_HTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor
+) -> Tensor:
+    rotated_q, rotated_k = rotate(q_HTD[None], k_HTD[None], cos_1TD, sin_1TD)
+    for row, value in zip(rows, (k_HTD, rotated_k[0], v_HTD), strict=True):
+        row.copy_(value)
+    return rotated_q[0]
 
 
 def _defer_rotation(modules: Sequence[nn.Module]) -> None:
@@ -194,6 +218,7 @@ class CausalLM:
 
     def compile(self) -> None:
         """Let torch fuse what each layer does around its attention; the first passes of a shape take longer for it."""
+        self.rope.compile()
         for layer in self.layers:
             layer.compile()
 

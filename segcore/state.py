@@ -42,11 +42,16 @@ class Window:
 
         It needs the rows that attention saw, and so does whatever recomputes them.
         """
-        rows = slice(row, row + k_HTD.shape[1])
-        assert 0 <= row <= rows.stop <= self.k_HND.shape[1]
         if torch.is_grad_enabled():
             self.k_HND, self.rotated_HND, self.v_HND = self.k_HND.clone(), self.rotated_HND.clone(), self.v_HND.clone()
-        self.k_HND[:, rows], self.rotated_HND[:, rows], self.v_HND[:, rows] = k_HTD, rotated_HTD, v_HTD
+        for rows, values in zip(self.rows(row, k_HTD.shape[1]), (k_HTD, rotated_HTD, v_HTD), strict=True):
+            rows.copy_(values)
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of keys, rotated keys and values at rows first, first + 1, ..."""
+        assert 0 <= first <= first + count <= self.k_HND.shape[1]
+        rows = slice(first, first + count)
+        return self.k_HND[:, rows], self.rotated_HND[:, rows], self.v_HND[:, rows]
 
     def between(self, *rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Copies of the keys, unrotated, and values of some ranges of rows, one behind the other, [H, n, D] each."""

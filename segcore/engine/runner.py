@@ -109,11 +109,15 @@ class Runner:
 
     def _see(self, window: Window, filled: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
         """Append the chunk to the window, then let its queries see the prefix and the segment so far."""
-        row = window.base + filled
-        rotated_q, rotated_k = self.model.rope(q_HGTD.flatten(0, 1), k_HTD, window.position + filled)
-        window.write(row, k_HTD, rotated_k, v_HTD)
-        seen = slice(window.start, row + k_HTD.shape[1])
-        return self._attention(rotated_q.view_as(q_HGTD), window.rotated_HND[:, seen], window.v_HND[:, seen], scale)
+        row, tokens, position = window.base + filled, k_HTD.shape[1], window.position + filled
+        q_XTD = q_HGTD.flatten(0, 1)
+        if torch.is_grad_enabled():
+            rotated_q, rotated_k = self.model.rope(q_XTD, k_HTD, position)
+            window.write(row, k_HTD, rotated_k, v_HTD)
+        else:
+            rotated_q = self.model.rope.into(window.rows(row, tokens), q_XTD, k_HTD, v_HTD, position)
+        seen = slice(window.start, row + tokens)
+        return self._attention(rotated_q.view(q_HGTD.shape), window.rotated_HND[:, seen], window.v_HND[:, seen], scale)
 
     def _watch(self, state: State, layer: int, q_HGTD: Tensor) -> None:
         """Keep the latest unrotated queries of the watched cells; no gradient passes through them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 import torch
@@ -122,8 +122,17 @@ def segment_ends(window: Window, state: State, sink_tokens: int, tail_tokens: in
     return window.between((sink_row, sink_row + sinks), (stop - tail, stop))
 
 
-def write_prefix(window: Window, rope: Rope, k_HTD: Tensor, v_HTD: Tensor) -> None:
-    """Right-align a prefix before the segment, and rotate its keys to the positions just before it."""
-    rows = k_HTD.shape[1]
-    window.start = window.base - rows
-    window.write(window.start, k_HTD, rope.keys(k_HTD, window.position - rows), v_HTD)
+def write_prefixes(prefixes: Sequence[tuple[Window, Tensor, Tensor]], rope: Rope) -> None:
+    """Right-align prefixes, keys and values [H, N, D] each, before their segments, keys rotated to just before it.
+
+    All of one length at one position are rotated at once: each step on its own is too little work for a GPU.
+    """
+    alike: dict[tuple[int, int], list[tuple[Window, Tensor, Tensor]]] = {}
+    for window, k_HND, v_HND in prefixes:
+        alike.setdefault((k_HND.shape[1], window.position), []).append((window, k_HND, v_HND))
+    for (rows, position), members in alike.items():
+        rotated = rope.keys(torch.cat([k_HND for _, k_HND, _ in members]), position - rows)
+        parts = rotated.split([len(window.heads) for window, _, _ in members])
+        for (window, k_HND, v_HND), rotated_HND in zip(members, parts, strict=True):
+            window.start = window.base - rows
+            window.write(window.start, k_HND, rotated_HND, v_HND)

@@ -16,7 +16,7 @@ from segcore.config import Cell, RetrievalConfig
 from segcore.model import ModelSpec, Rope
 from segcore.pastkv.base import PastLayout
 from segcore.pastkv.session import SessionPast
-from segcore.policies.base import Policy, segment_ends, sinks_and_tail, write_prefix
+from segcore.policies.base import Policy, segment_ends, sinks_and_tail, write_prefixes
 from segcore.retrieval import KeyIndex
 from segcore.state import State, Window
 
@@ -86,9 +86,8 @@ class RetrievingPolicy(Policy[C]):
             self._append(state, past)
         ends = {(layer, i): segment_ends(w, state, *self._sees(layer, w)) for layer, i, w in _numbered(state)}
         state.filled = 0
-        for layer, i, window in _numbered(state):
-            if not self._reads(layer, window):
-                write_prefix(window, self.rope, *ends[layer, i])
+        others = [(w, *ends[layer, i]) for layer, i, w in _numbered(state) if not self._reads(layer, w)]
+        write_prefixes(others, self.rope)
         if self.readers:
             self._choose_anew(state, past, ends)
 
@@ -119,12 +118,13 @@ class RetrievingPolicy(Policy[C]):
         state.retrieved_CR = boundary["retrieved"]
         sinks, tail = sinks_and_tail(state.length, self.config.sink_tokens, self.config.reader_tail_tokens)
         kv_NC2D = past.gather(torch.cat([torch.arange(sinks), torch.arange(state.length - tail, state.length)]))
-        ends = {}
+        ends, others = {}, []
         for layer, i, window in _numbered(state):
             if self._reads(layer, window):
                 ends[layer, i] = self._of_heads(kv_NC2D, layer, window)
             else:
-                write_prefix(window, self.rope, *boundary[f"prefix.{layer}.{i}"].to(device))
+                others.append((window, *boundary[f"prefix.{layer}.{i}"].to(device)))
+        write_prefixes(others, self.rope)
         if self.readers:
             self._insert_retrieved(state, past, ends)
         return state
@@ -161,11 +161,13 @@ class RetrievingPolicy(Policy[C]):
         """Write the prefix of every reader: its ends, sinks and tail, with the retrieved tokens in between."""
         sinks, _ = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
         kv_RC2D = past.gather(state.retrieved_CR)
+        prefixes = []
         for layer, i, window in _numbered(state):
             if self._reads(layer, window):
                 pairs = zip(ends[layer, i], self._of_heads(kv_RC2D, layer, window), strict=True)
                 k, v = (torch.cat([x[:, :sinks], retrieved, x[:, sinks:]], dim=1) for x, retrieved in pairs)
-                write_prefix(window, self.rope, k, v)
+                prefixes.append((window, k, v))
+        write_prefixes(prefixes, self.rope)
 
     def _of_heads(self, kv_RC2D: Tensor, layer: int, window: Window) -> tuple[Tensor, Tensor]:
         """Keys and values of a window's heads, [H, R, D] each."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from segcore.config import StreamingConfig
 from segcore.model import ModelSpec, Rope
 from segcore.pastkv.session import SessionPast
-from segcore.policies.base import Policy, segment_ends, write_prefix
+from segcore.policies.base import Policy, segment_ends, write_prefixes
 from segcore.state import State, Window
 
 
@@ -23,7 +23,6 @@ class StreamingPolicy(Policy[StreamingConfig]):
         return [self._window(range(self.spec.kv_heads), prefix=rows, position=rows)]
 
     def close(self, state: State, past: SessionPast) -> None:
-        for (window,) in state.layers:
-            ends = segment_ends(window, state, self.config.sink_tokens, self.config.window_tokens)
-            write_prefix(window, self.rope, *ends)
+        sinks, tail = self.config.sink_tokens, self.config.window_tokens
+        write_prefixes([(w, *segment_ends(w, state, sinks, tail)) for (w,) in state.layers], self.rope)
         state.filled = 0
