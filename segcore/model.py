@@ -209,7 +209,7 @@ class CausalLM:
     def head(self, hidden_BTC: Tensor, *, all_logits: bool = True) -> Tensor:
         """Logits of all tokens or the last, by the model's own code, its scaling and cap included."""
         # The last position by its index, not as a slice: torch would copy the whole head's weights for a strided input.
-        last = torch.tensor([hidden_BTC.shape[1] - 1], device=hidden_BTC.device)
+        last = torch.full((1,), hidden_BTC.shape[1] - 1, device=hidden_BTC.device)
         # A twin of the model as it is now, with the same head, whose body gives what it is given.
         twin = copy.copy(self.model)
         twin._modules = {**self.model._modules, self.model.base_model_prefix: _Given()}

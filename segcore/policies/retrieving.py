@@ -82,12 +82,13 @@ class RetrievingPolicy(Policy[C]):
         return [self._window(heads, prefix=rows, position=rows) for heads in (reading, *groups.values()) if heads]
 
     def close(self, state: State, past: SessionPast) -> None:
-        if self.readers and past.segments * self.config.segment_tokens < state.length:  # else it runs again
-            self._append(state, past)
         ends = {(layer, i): segment_ends(w, state, *self._sees(layer, w)) for layer, i, w in _numbered(state)}
-        state.filled = 0
         others = [(w, *ends[layer, i]) for layer, i, w in _numbered(state) if not self._reads(layer, w)]
         write_prefixes(others, self.rope)
+        # What waits for the device comes last: it has all of the rest to do by then.
+        if self.readers and past.segments * self.config.segment_tokens < state.length:  # else it runs again
+            self._append(state, past)
+        state.filled = 0
         if self.readers:
             self._choose_anew(state, past, ends)
 

@@ -1,0 +1,279 @@
+"""The engine on a GPU beside Hugging Face's full attention, on the same random bf16 weights, in one run.
+
+python -m benchmarks.gpu                     # all shapes; writes benchmarks/results/gpu.json, raw runs in gpu-raw.json
+python -m benchmarks.gpu --shapes smollm2 --tokens 8192 131072 --dry
+
+Settings: S 4096, M 512, R 512, 4 sinks, two selector cells, retrieval and offload to host memory on; readers are the
+paper's 64 cells for Llama-2-7B and the middle third of the layers for the others. Peers: transformers' own forward pass
+over the whole prompt at once, SDPA's flash kernels, last logits only; and the same in chunks of S over a growing cache.
+Times are medians, peaks what torch allocated. A model's dense work counts two operations a weight and token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.record import RESULTS, Figure, records, write
+from segcore.config import CacheConfig, Cell, SegmentedConfig
+from segcore.engine.runner import Runner
+from segcore.model import CausalLM
+from segcore.pastkv.manager import PastKVManager
+from segcore.presets import LONG_HEADS, LONG_LAYERS
+
+COMMAND = "-m benchmarks.gpu"
+S, GIB = 4096, 2**30
+PEER_TOKENS = 131072
+HOST_BYTES = 96 * GIB
+PEER, CHUNKED = "Hugging Face, SDPA flash", "Hugging Face, SDPA flash, in chunks of 4096"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of Llama's architecture with random weights.
+
+    readers: None: a third of the layers. lengths: tokens of the prompts.
+    """
+
+    name: str
+    config: dict[str, Any]
+    readers: tuple[Cell, ...] | None = None
+    lengths: tuple[int, ...] = (8192, 65536, 131072, 1048576)
+
+    def build(self) -> Any:
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(
+                LlamaConfig(**self.config, max_position_embeddings=2**21),
+                dtype=torch.bfloat16,
+                attn_implementation="sdpa",
+            )
+        return model.eval().requires_grad_(False)
+
+    def segment(self) -> SegmentedConfig:
+        readers = self.readers
+        if readers is None:
+            third = self.config["num_hidden_layers"] // 3
+            heads = range(self.config["num_key_value_heads"])
+            readers = tuple(Cell(layer, head) for layer in range(third, 2 * third) for head in heads)
+        return SegmentedConfig(
+            segment_tokens=S,
+            sink_tokens=4,
+            tail_tokens=512,
+            reader_tail_tokens=256,
+            retrieved_tokens=512,
+            selectors=(readers[0], readers[-1]),
+            readers=readers,
+        )
+
+
+WIDE: dict[str, Any] = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+SHAPES = [
+    Shape(
+        "llama2_7b",
+        WIDE | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
+        tuple(Cell(layer, head) for layer in LONG_LAYERS for head in LONG_HEADS),
+        lengths=(8192, 65536, 131072),  # host memory doesn't hold a million
+    ),
+    Shape("llama31_8b", WIDE | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}),
+    Shape(
+        "smollm2",
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+        },
+    ),
+]
+# Per shape: the least speed-up of a prefill of 128K tokens.
+SPEEDUPS = {"llama2_7b": ">= 3.5", "llama31_8b": ">= 3.5", "smollm2": ">= 4"}
+
+
+def seconds(act: Callable[[], Any]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    act()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def median(act: Callable[[], Any], rounds: int) -> float:
+    return statistics.median(seconds(act) for _ in range(rounds))
+
+
+def peak_gib(act: Callable[[], Any]) -> float:
+    torch.cuda.reset_peak_memory_stats()
+    act()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / GIB
+
+
+def ceilings() -> dict[str, float]:
+    """What the chip does at best: matrix products in TFLOP/s, copies in TB/s read and written."""
+    a, b = (torch.randn((8192, 8192), device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        a @ b
+    products = median(lambda: [a @ b for _ in range(10)], 5) / 10
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copies = median(lambda: [target.copy_(source) for _ in range(10)], 5) / 10
+    return {"tflops": 2 * 8192**3 / products / 1e12, "tbps": 2 * 2**31 / copies / 1e12}
+
+
+class Stream:
+    """A stream on our side: F over whole segments, past KV written through to host memory."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.lm = CausalLM(shape.build())
+        self.lm.compile()
+        self.runner = Runner(self.lm, shape.segment())
+        self.begin()
+
+    def begin(self) -> None:
+        self.manager = PastKVManager(CacheConfig(host_bytes=HOST_BYTES, reuse=False), device=self.lm.spec.device)
+        self.past, self.state = self.manager.open_stream(self.runner.policy.layout), self.runner.begin()
+
+    def end(self) -> None:
+        self.past.truncate(0)
+        self.manager.close()
+        del self.past, self.state, self.manager
+
+    @torch.inference_mode()
+    def run(self, tokens_T: Tensor) -> None:
+        for segment in tokens_T.split(S):
+            self.runner.advance(segment, self.state, self.past)
+
+    @torch.inference_mode()
+    def decode(self, tokens: int) -> float:
+        """Median seconds of a token."""
+        one = torch.tensor([7])
+        return median(lambda: self.runner.advance(one, self.state, self.past), tokens)
+
+
+def measure_ours(shape: Shape, lengths: tuple[int, ...]) -> dict[str, Any]:
+    stream = Stream(shape)
+    tokens = torch.randint(0, 32000, (max(lengths),), generator=torch.Generator().manual_seed(1))
+    stream.run(tokens[: 3 * S])  # compiles, and fills the buffers
+    stream.decode(5)
+    stream.end()
+    runs: dict[str, Any] = {"weights": stream.lm.parameters, "prefill_s": {}, "peak_gib": {}, "decode_s": {}}
+    for length in lengths:
+        prefills = []
+        for _ in range(3 if length <= PEER_TOKENS else 1):
+            stream.begin()
+            torch.cuda.reset_peak_memory_stats()
+            prefills.append(seconds(lambda n=length: stream.run(tokens[:n])))
+            runs["peak_gib"][length] = torch.cuda.max_memory_allocated() / GIB
+            runs["decode_s"][length] = stream.decode(20)
+            stream.end()
+        runs["prefill_s"][length] = statistics.median(prefills)
+        print(shape.name, length, {k: v[length] for k, v in runs.items() if k != "weights"}, flush=True)
+    return runs
+
+
+def peer_decode(model: Any, one: Tensor, cache: Any) -> float:
+    """Median seconds of a token."""
+    return median(lambda: model(input_ids=one, past_key_values=cache, use_cache=True, logits_to_keep=1), 10)
+
+
+@torch.inference_mode()
+def measure_peer(shape: Shape) -> dict[str, Any]:
+    model = shape.build()
+    ids = torch.randint(0, 32000, (1, PEER_TOKENS), device="cuda")
+
+    def whole() -> Any:
+        return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def chunked() -> None:
+        cache = None
+        for chunk in ids.split(S, dim=1):
+            cache = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+
+    model(input_ids=ids[:, :S], use_cache=True, logits_to_keep=1)
+    runs = {"peak_gib": peak_gib(whole), "prefill_s": median(whole, 3)}
+    runs["decode_s"] = peer_decode(model, ids[:, :1], whole())
+    runs["chunked_peak_gib"] = peak_gib(chunked)
+    runs["chunked_prefill_s"] = seconds(chunked)
+    print(shape.name, "peer", runs, flush=True)
+    return runs
+
+
+def figures(shape: str, ours: dict[str, Any], peer: dict[str, Any], top: dict[str, float]) -> Iterator[Figure]:
+    for length, taken in ours["prefill_s"].items():
+        yield f"prefill_{length // 1024}k_{shape}", length / taken, "tokens/s", None, None
+        yield f"peak_gib_{length // 1024}k_{shape}", ours["peak_gib"][length], "GiB", None, None
+        yield f"decode_{length // 1024}k_{shape}", ours["decode_s"][length] * 1e3, "ms a token", None, None
+    n = PEER_TOKENS
+    if n in ours["prefill_s"]:
+        dense = 2 * ours["weights"] * n / ours["prefill_s"][n] / 1e12 / top["tflops"]
+        yield f"prefill_mfu_128k_{shape}", dense, "of the products' ceiling", ">= 0.65", None
+        speedup = peer["prefill_s"] / ours["prefill_s"][n]
+        yield f"prefill_speedup_128k_{shape}", speedup, "peer / engine", SPEEDUPS[shape], PEER
+        chunked = peer["chunked_prefill_s"] / ours["prefill_s"][n]
+        yield f"prefill_speedup_128k_{shape}_chunked", chunked, "peer / engine", None, CHUNKED
+        yield f"peak_ratio_128k_{shape}", peer["peak_gib"] / ours["peak_gib"][n], "peer / engine", ">= 6.3", PEER
+        chunked_peak = peer["chunked_peak_gib"] / ours["peak_gib"][n]
+        yield f"peak_ratio_128k_{shape}_chunked", chunked_peak, "peer / engine", None, CHUNKED
+        yield f"decode_speedup_128k_{shape}", peer["decode_s"] / ours["decode_s"][n], "peer / engine", ">= 5", PEER
+    if {65536, 1048576} <= ours["prefill_s"].keys():
+        rates = [length / ours["prefill_s"][length] for length in (65536, 1048576)]
+        yield f"prefill_rate_1m_over_64k_{shape}", rates[1] / rates[0], "1m / 64k", ">= 0.9", None
+    if {n, 1048576} <= ours["peak_gib"].keys():
+        growth = ours["peak_gib"][1048576] / ours["peak_gib"][n] - 1
+        yield f"peak_growth_1m_{shape}", growth, "share of that at 128k", "<= 0.01", None
+    if {8192, 1048576} <= ours["decode_s"].keys():
+        steady = ours["decode_s"][1048576] / ours["decode_s"][8192]
+        yield f"decode_1m_over_8k_{shape}", steady, "1m / 8k", "<= 1.05", None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=[shape.name for shape in SHAPES])
+    parser.add_argument("--tokens", type=int, nargs="*", help="lengths of the prompts")
+    parser.add_argument("--dry", action="store_true", help="print, and write nothing")
+    options = parser.parse_args()
+    top, raw, found = ceilings(), {}, []
+    print(top, flush=True)
+    for shape in (shape for shape in SHAPES if shape.name in options.shapes):
+        ours = measure_ours(shape, tuple(options.tokens or shape.lengths))
+        gc.collect()
+        torch.cuda.empty_cache()
+        peer = measure_peer(shape)
+        gc.collect()
+        torch.cuda.empty_cache()
+        raw[shape.name] = {"ours": ours, "peer": peer}
+        found += list(figures(shape.name, ours, peer, top))
+    for figure in found:
+        print(*figure)
+    if not options.dry:
+        packages = [name for name in ("flash-attn-4", "flash-attn") if installed(name)]
+        write("gpu", records(COMMAND, found, packages))
+        (RESULTS / "gpu-raw.json").write_text(json.dumps({"ceilings": top} | raw, indent=1) + "\n")
+
+
+def installed(package: str) -> bool:
+    import importlib.metadata
+
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()
