@@ -11,6 +11,7 @@ Shapes: B sequences, T tokens, H KV heads, G query heads per KV head, D head dim
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 import types
@@ -113,16 +114,14 @@ def _rotate_into(
     return rotated_q[0]
 
 
-def _defer_rotation(modules: Sequence[nn.Module]) -> None:
-    """Give attention modules their own `forward` again, in which the rotation by its file's function does nothing."""
-    # One function for all of a kind: compiled code belongs to its names.
-    forwards = {kind: _without_rotation(kind.forward) for kind in {type(module) for module in modules}}
-    for module in modules:
-        module.forward = types.MethodType(forwards[type(module)], module)
+def _defer_rotation(module: nn.Module) -> None:
+    """Give an attention module its own `forward` again, in which the rotation by its file's function does nothing."""
+    module.forward = types.MethodType(_without_rotation(type(module)), module)
 
 
-def _without_rotation(forward: Callable[..., Any]) -> types.FunctionType:
-    own = cast(types.FunctionType, inspect.unwrap(forward))
+@functools.cache  # one for all of a kind: compiled code belongs to a function's names
+def _without_rotation(kind: type[nn.Module]) -> types.FunctionType:
+    own = cast(types.FunctionType, inspect.unwrap(kind.forward))
     names = own.__globals__ | {ROTATION: lambda q, k, *angles, **options: (q, k)}
     twin = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     twin.__kwdefaults__ = own.__kwdefaults__
@@ -184,7 +183,8 @@ class CausalLM:
         own_logits = _own_logits(model)
         model.set_attn_implementation(ATTENTION_NAME)
         own_rotation = self._record()
-        _defer_rotation(_attention_modules(model))
+        for attention in _attention_modules(model):
+            _defer_rotation(attention)
         unrotated = self._record()
         self.spec = self._measure(unrotated)
         self._check_rotation(unrotated, own_rotation)
