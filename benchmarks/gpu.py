@@ -6,7 +6,7 @@ python -m benchmarks.gpu --shapes smollm2 --tokens 8192 131072 --dry
 Settings: S 4096, M 512, R 512, 4 sinks, two selector cells, retrieval and offload to host memory on; readers are the
 paper's 64 cells for Llama-2-7B and the middle third of the layers for the others. Peers: transformers' own forward pass
 over the whole prompt at once, SDPA's flash kernels, last logits only; and the same in chunks of S over a growing cache.
-Times are medians, peaks what torch allocated. A model's dense work counts two operations a weight and token.
+Times are medians, peaks what torch allocated. A model's dense work is two operations for each weight of its layers and each token.
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def measure_ours(shape: Shape, lengths: tuple[int, ...]) -> dict[str, Any]:
     stream.run(tokens[: 3 * S])  # compiles, and fills the buffers
     stream.decode(5)
     stream.end()
-    runs: dict[str, Any] = {"weights": stream.lm.parameters, "prefill_s": {}, "peak_gib": {}, "decode_s": {}}
+    weights = sum(p.numel() for layer in stream.lm.layers for p in layer.parameters())
+    runs: dict[str, Any] = {"weights": weights, "prefill_s": {}, "peak_gib": {}, "decode_s": {}}
     for length in lengths:
         prefills = []
         for _ in range(3 if length <= PEER_TOKENS else 1):
@@ -220,7 +221,13 @@ def figures(shape: str, ours: dict[str, Any], peer: dict[str, Any], top: dict[st
     n = PEER_TOKENS
     if n in ours["prefill_s"]:
         dense = 2 * ours["weights"] * n / ours["prefill_s"][n] / 1e12 / top["tflops"]
-        yield f"prefill_mfu_128k_{shape}", dense, "of the products' ceiling", ">= 0.65", None
+        yield (
+            f"prefill_mfu_128k_{shape}",
+            dense,
+            "of the products' ceiling",
+            ">= 0.65" if shape == "llama2_7b" else None,
+            None,
+        )
         speedup = peer["prefill_s"] / ours["prefill_s"][n]
         yield f"prefill_speedup_128k_{shape}", speedup, "peer / engine", SPEEDUPS[shape], PEER
         chunked = peer["chunked_prefill_s"] / ours["prefill_s"][n]

@@ -120,7 +120,7 @@ def _defer_rotation(module: nn.Module) -> None:
 
 
 @functools.cache  # one for all of a kind: compiled code belongs to a function's names
-def _without_rotation(kind: type[nn.Module]) -> types.FunctionType:
+def _without_rotation(kind: Any) -> types.FunctionType:
     own = cast(types.FunctionType, inspect.unwrap(kind.forward))
     names = own.__globals__ | {ROTATION: lambda q, k, *angles, **options: (q, k)}
     twin = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
