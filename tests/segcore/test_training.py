@@ -22,6 +22,7 @@ from segcore.model import CausalLM
 from segcore.policies import POLICIES, lagkv
 from segcore.policies.retrieving import RetrievingPolicy
 from segcore.training.optimizer import MasterOptimizer
+from segcore.training.past import RecordedPast
 from segcore.training.stream import IGNORED, TrainingStream
 from segcore.training.tbptt import SegmentedTrainer
 from segcore.weights import load_model
@@ -100,6 +101,18 @@ def test_i7_any_stream_cut_masked_and_marked_anyhow(
     assert ours.keys() == expected.keys()
 
 
+@pytest.mark.parametrize("k", DEPTHS)
+def test_i7_segments_between_that_have_no_targets(gqa, k):
+    """Gradients pass through them, and keep their ages."""
+    labels = torch.full_like(STREAM, IGNORED)
+    for first in (3, 50, 100, 117):
+        labels[first : first + 5] = STREAM[first : first + 5]
+    stream = TrainingStream("gaps", STREAM, labels, MARKS)
+    assert_same_gradients(
+        trained(gqa, "segmented", stream, k=k)[1], unrolled(gqa, MATRIX["segmented"], stream, k, 1024, VALID)[1]
+    )
+
+
 def test_depths_differ(gqa):
     """Each K reaches further than the one before: else equality would prove nothing."""
     for policy in ("segmented", "streaming", "full", "lagkv"):
@@ -166,16 +179,20 @@ def test_i2_training_computes_what_serving_computes(gqa, passes, policy, k):
 @pytest.mark.parametrize("policy", [n for n, c in MATRIX.items() if c.policy in ("segmented", "ltri", "lagkv")])
 def test_a_segment_that_runs_again_chooses_nothing_anew(gqa, policy, monkeypatch):
     """A nearly tied choice might fall out otherwise, in low precision; and a search costs time."""
-    calls, kind = [], POLICIES[MATRIX[policy].policy]
+    calls, appended, kind = [], [], POLICIES[MATRIX[policy].policy]
     if issubclass(kind, RetrievingPolicy):
         choose = kind.choose
         spying = lambda self, state, *rest: calls.append(state.events) or choose(self, state, *rest)  # noqa: E731
         monkeypatch.setattr(kind, "choose", spying)
     else:
         score = lagkv.score_lag
-        monkeypatch.setattr(lagkv, "score_lag", lambda k_LD, *rest: calls.append(k_LD.sum()) or score(k_LD, *rest))
+        monkeypatch.setattr(lagkv, "score_lag", lambda k_LD, *z: calls.append(float(k_LD.sum())) or score(k_LD, *z))
+    append = RecordedPast.append
+    monkeypatch.setattr(RecordedPast, "append", lambda past, *z: appended.append(past.segments) or append(past, *z))
     trained(gqa, policy, LONG, k=1)
     assert len(calls) == len(set(calls))
+    assert appended == list(range(len(appended)))
+    assert len(appended) <= len(STREAM) // MATRIX[policy].segment_tokens
     assert bool(calls) == (policy != "segmented-local-only")
 
 
