@@ -1,12 +1,13 @@
 """The engine on a GPU beside Hugging Face's full attention, on the same random bf16 weights, in one run.
 
-python -m benchmarks.gpu                     # all shapes; writes benchmarks/results/gpu.json, raw runs in gpu-raw.json
+python -m benchmarks.gpu                     # all shapes; writes benchmarks/results/gpu.json, raw runs in results/raw/gpu.json
 python -m benchmarks.gpu --shapes smollm2 --tokens 8192 131072 --dry
 
 Settings: S 4096, M 512, R 512, 4 sinks, two selector cells, retrieval and offload to host memory on; readers are the
 paper's 64 cells for Llama-2-7B and the middle third of the layers for the others. Peers: transformers' own forward pass
 over the whole prompt at once, SDPA's flash kernels, last logits only; and the same in chunks of S over a growing cache.
-Times are medians, peaks what torch allocated. A model's dense work is two operations for each weight of its layers and each token.
+Times are medians, peaks what torch allocated. A model's dense work is two operations for each weight of its layers and
+each token.
 """
 
 from __future__ import annotations
@@ -269,7 +270,7 @@ def main() -> None:
     if not options.dry:
         packages = [name for name in ("flash-attn-4", "flash-attn") if installed(name)]
         write("gpu", records(COMMAND, found, packages))
-        (RESULTS / "gpu-raw.json").write_text(json.dumps({"ceilings": top} | raw, indent=1) + "\n")
+        (RESULTS / "raw" / "gpu.json").write_text(json.dumps({"ceilings": top} | raw, indent=1) + "\n")
 
 
 def installed(package: str) -> bool:

@@ -314,7 +314,8 @@ class EngineConfig:
     slot_steps: turns after which a busy session gives its slot to one that waits for a slot.
     max_sessions: open sessions.
     max_session_tokens: longest stream.
-    max_pending_tokens: tokens accepted ahead of the engine before `room` makes its caller wait; None: a segment.
+    max_pending_tokens: tokens accepted ahead of the engine before `room` makes its caller wait; None: a segment. Less
+        than a chunk is refused: the engine would wait for the chunk's rest, and its caller for room.
     attention: the backend, "flash4", "flash3", "flash2", "sdpa" or "reference"; "auto": the quickest there is, measured
         once the engine starts.
     model, tokenizer, adapter: what past KV is the past of, beside the weights: names or hashes (`Fingerprint`).
@@ -338,7 +339,7 @@ class EngineConfig:
         _require_at_least(self, 1, "chunk_tokens", "slots", "decodes_per_chunk", "slot_steps")
         _require_at_least(self, 1, "max_sessions", "max_session_tokens")
         if self.max_pending_tokens is not None:
-            _require_at_least(self, 1, "max_pending_tokens")
+            _require_at_least(self, min(self.chunk_tokens, self.segment.segment_tokens), "max_pending_tokens")
 
 
 def _require_at_least(config: object, least: int, *names: str) -> None:

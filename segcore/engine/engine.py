@@ -88,6 +88,7 @@ class Engine:
         self._changed = threading.Condition()
         self._steps = Steps(self._runner, config, self.max_stream_tokens, self._changed)
         self._stepping: list[Session] = []
+        self._interrupting = 0  # callers who wait for the turn's end: they go before the next turn
         self._running = True
         self._thread = threading.Thread(target=self._loop, name="segcore-engine", daemon=True)
         self._thread.start()
@@ -200,13 +201,15 @@ class Engine:
     def rewind(self, session_id: str, tokens: int) -> None:
         """Go back to where the stream had `tokens` tokens, the end of a closed segment or 0; forget what came after.
 
-        Raises InvalidRequest for a position that isn't such an end, FailedPrecondition while the session answers.
+        A flush that waits is cancelled. Raises InvalidRequest for a position that isn't such an end, FailedPrecondition
+        while the session answers.
         """
         with self._changed:
             session = self._at_rest(session_id)
             if any(isinstance(control, Generation) for _, control in session.controls):
                 raise FailedPrecondition(f"session {session_id!r} is answering; wait for the answer's end")
-            size, closed = self.config.segment.segment_tokens, session.state.closed
+            size = self.config.segment.segment_tokens
+            closed = len(session.past.journal.tokens) // size * size  # the state may lag behind
             if tokens % size or not 0 <= tokens <= closed:
                 raise InvalidRequest(
                     f"a stream can go back to the end of a closed segment: a multiple of {size} up to {closed}, not"
@@ -214,8 +217,8 @@ class Engine:
                 )
             session.past.journal.truncate(tokens)
             session.appended = tokens
-            session.pending.clear()
-            session.controls.clear()
+            self._steps.forget_waiting(session, Cancelled(f"session {session_id!r} went back to token {tokens}"))
+            self._steps.release_waiting(session)
             state, session.logits_V = apart(lambda: self._steps.resume(session, tokens // size))
             self._place(session, state)
 
@@ -252,9 +255,7 @@ class Engine:
     def check_integrity(self, timeout_s: float = 60) -> None:
         """Wait until the engine is idle, then raise AssertionError if anything was lost or kept that shouldn't be."""
         with self._changed:
-            idle = self._changed.wait_for(
-                lambda: not self._stepping and self._scheduler.next()[0] is Step.IDLE, timeout_s
-            )
+            idle = self._changed.wait_for(lambda: not self._stepping and self._scheduler.idle, timeout_s)
             assert idle, f"still at work after {timeout_s} s"
             held: Counter[str] = Counter()
             for session in self._sessions.values():
@@ -265,6 +266,7 @@ class Engine:
                     or session.failure
                     or (session.past.segments * self.config.segment.segment_tokens == session.state.closed)
                 ), "blocks don't match the state"
+                assert session.id in self._scheduler.slots or not session.state.nbytes, "a state without a slot"
             assert held == self._past.keys_in_use, "blocks and their users don't match"
             assert set(self._scheduler.slots) <= set(self._sessions), "a slot without a session"
             assert len(self._scheduler.slots) <= self.config.slots, "more slots than there are"
@@ -350,9 +352,18 @@ class Engine:
 
     def _at_rest(self, session_id: str) -> Session:
         """A usable session that isn't being stepped, and won't be while the lock is held."""
-        session = self._usable(session_id)
-        self._changed.wait_for(lambda: session not in self._stepping)
+        self._usable(session_id)
+        self._interrupt()
         return self._usable(session_id)
+
+    def _interrupt(self) -> None:
+        """Wait for the turn's end; no other begins while the lock is held."""
+        self._interrupting += 1
+        try:
+            self._changed.wait_for(lambda: not self._stepping)
+        finally:
+            self._interrupting -= 1
+            self._changed.notify_all()
 
     def _control(self, session_id: str, control: Flush | Mark | Generation) -> None:
         with self._changed:
@@ -382,7 +393,7 @@ class Engine:
             self._stepping = []
             self._changed.notify_all()
             while self._running:
-                step, sessions = self._scheduler.next()
+                step, sessions = (Step.IDLE, []) if self._interrupting else self._scheduler.next()
                 for session in self._scheduler.displaced():
                     self._steps.park(session)
                 if sessions:

@@ -29,6 +29,11 @@ class Scheduler:
         self._turns.remove(session)
         self.slots.pop(session.id, None)
 
+    @property
+    def idle(self) -> bool:
+        """Whether all wait."""
+        return all(session.next_step(self._config) is Step.IDLE for session in self._turns)
+
     def next(self) -> tuple[Step, list[Session]]:
         """The sessions to step together now, and how; IDLE and none if all wait."""
         steps = {session.id: session.next_step(self._config) for session in self._turns}

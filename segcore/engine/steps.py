@@ -41,9 +41,9 @@ class Steps:
 
     def run(self, step: Step, sessions: list[Session]) -> None:
         """One turn. What goes wrong in one session ends that session alone, if anything."""
-        for session in sessions:
-            if session.parked is not None:
-                session.state, session.parked = unpack(session.parked, self._runner.policy), None
+        sessions = [session for session in sessions if self._guarded(session, partial(self._unpark, session))]
+        if not sessions:
+            return
         if step is Step.CONTROL:
             self._guarded(sessions[0], partial(self._control, sessions[0]))
         elif step is Step.PREFILL:
@@ -61,13 +61,20 @@ class Steps:
         """End a session's work: whoever waits on it gets `first`, later calls `failure`."""
         with self._changed:
             session.failure = failure
-            waiting: list[Future[Any]] = list(session.waiting_for_room)
-            waiting += [control.done for _, control in session.controls if not isinstance(control, Mark)]
-            session.waiting_for_room.clear()
+            for_room, session.waiting_for_room = session.waiting_for_room, []
+        self.forget_waiting(session, first or failure)
+        for future in for_room:
+            settle(future, first or failure)
+
+    def forget_waiting(self, session: Session, error: SegcoreError) -> None:
+        """Drop the tokens and controls that haven't been run; whoever waits on them gets `error`."""
+        with self._changed:
+            controls = [control for _, control in session.controls]
             session.controls.clear()
             session.pending.clear()
-        for future in waiting:
-            settle(future, first or failure)
+        for control in controls:
+            if not isinstance(control, Mark):
+                settle(control.done, error)
 
     def release_waiting(self, session: Session) -> None:
         """Let those go on who wait for room."""
@@ -77,6 +84,11 @@ class Steps:
                 for future in session.waiting_for_room:
                     settle(future, None)
                 session.waiting_for_room.clear()
+
+    def _unpark(self, session: Session) -> bool:
+        if session.parked is not None:
+            session.state, session.parked = unpack(session.parked, self._runner.policy), None
+        return True
 
     def _control(self, session: Session) -> None:
         if session.replayed_event is not None:
@@ -124,14 +136,16 @@ class Steps:
     def _sample(self, session: Session, generation: Generation) -> list[int]:
         """The answer's next token, if it must be run; the last one waits as the stream's next token instead."""
         assert session.logits_V is not None
-        if generation.aborted:
-            self._finish(session, generation, "aborted")
-            return []
+        with self._changed:
+            full = session.appended >= self._max_tokens
+            if generation.aborted or full:
+                self._finish(session, generation, "aborted" if generation.aborted else "length")
+                return []
+            session.appended += 1
         token = sample(session.logits_V, generation.params, generation.tokens)
         generation.tokens += 1
         stop = generation.on_token(token)
         with self._changed:
-            session.appended += 1
             full = session.appended >= self._max_tokens
             if stop or full or generation.tokens == generation.params.max_tokens:
                 session.pending.appendleft(token)  # what was appended meanwhile comes after it
@@ -231,8 +245,9 @@ class Steps:
             boundary = past.adopt(key)
             past.journal.extend(tokens, ends)
             with self._changed:
-                for _ in tokens:
-                    session.pending.popleft()
+                if session.failure is None:  # else nothing is pending any more
+                    for _ in tokens:
+                        session.pending.popleft()
         if boundary is None:
             return False
         session.state, session.logits_V = self._runner.resume(boundary, past)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from segcore.config import EngineConfig
 from segcore.engine.engine import Engine
-from segcore.engine.request import Generation
+from segcore.engine.request import Generation, Session, Step
 from segcore.model import CausalLM
 from segcore.sampling import SamplingParams
 from tests.conftest import tiny_segment
@@ -51,3 +52,24 @@ def answer(engine: Engine, session: str, count: int = 12, **params: object) -> l
     tokens, asked = ask(engine, session, count, **params)
     assert asked.done.result(SECONDS) == "length"
     return tokens
+
+
+@contextmanager
+def at_rest(engine: Engine) -> Iterator[None]:
+    """The engine's thread waits meanwhile: what is asked for within begins together, after it."""
+    with engine._changed:
+        engine._interrupt()
+        yield
+
+
+def turns(engine: Engine) -> list[tuple[Step, str]]:
+    """Every turn from now on, and the names of its sessions."""
+    seen: list[tuple[Step, str]] = []
+    run = engine._steps.run
+
+    def noted(step: Step, sessions: list[Session]) -> None:
+        seen.append((step, "".join(session.id for session in sessions)))
+        run(step, sessions)
+
+    engine._steps.run = noted  # type: ignore[method-assign]
+    return seen

@@ -5,10 +5,14 @@ Every answer is held against the same stream on an engine of its own: fp64, gree
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -17,11 +21,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from segcore.config import CacheConfig, SegmentConfig
+from segcore.engine import engine as engine_module
 from segcore.engine.engine import Engine
+from segcore.engine.snapshot import Snapshot
 from segcore.errors import (
     AlreadyExists,
     BlockDamaged,
     BlockMismatch,
+    Cancelled,
     FailedPrecondition,
     InvalidRequest,
     NotFound,
@@ -29,7 +36,7 @@ from segcore.errors import (
 from segcore.model import CausalLM
 from segcore.pastkv.session import SessionPast
 from tests.conftest import VOCABULARY, tiny_model, tiny_segment
-from tests.segcore.engines import SECONDS, answer, ask, engine_of
+from tests.segcore.engines import SECONDS, answer, ask, at_rest, engine_of
 from tests.segcore.test_invariants import MATRIX
 
 STREAM = torch.randint(0, VOCABULARY, (90,), generator=torch.Generator().manual_seed(11)).tolist()
@@ -110,17 +117,51 @@ def test_tokens_alone_bring_a_session_back(make_engine, policy):
     fill(engine, "s", STREAM[:40], mark=True)
     answer(engine, "s", 5)
     fill(engine, "s", STREAM[40:], mark=True)
-    data = bytearray(engine.snapshot("s"))
-    at = data.index(b"window.0.0.v_HND")
-    header = int.from_bytes(data[:8], "little")
-    import json
-
-    begin, end = json.loads(data[8 : 8 + header])["state.window.0.0.v_HND"]["data_offsets"]
-    assert at < 8 + header
-    data[8 + header + (begin + end) // 2] ^= 0x40
+    data = engine.snapshot("s")
     other = make_engine(segment=MATRIX[policy])
-    other.restore("s", bytes(data))
+    other.restore("s", flipped(data, sum(places(data)["state.window.0.0.v_HND"]) // 2))
     assert answer(other, "s") == answer(engine, "s")
+
+
+def places(snapshot: bytes) -> dict[str, tuple[int, int]]:
+    """Where in a snapshot's bytes each tensor begins and ends; "": the header."""
+    data = 8 + int.from_bytes(snapshot[:8], "little")
+    header = json.loads(snapshot[8:data])
+    del header["__metadata__"]
+    tensors = {name: (data + e["data_offsets"][0], data + e["data_offsets"][1]) for name, e in header.items()}
+    return {"": (0, data)} | tensors
+
+
+def flipped(data: bytes, at: int, bit: int = 6) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+
+
+def test_no_flipped_bit_of_a_snapshot_is_silent(make_engine):
+    """It is refused, or its state alone is given up, which the tokens bring back."""
+    engine, random = make_engine(), Random(1)
+    engine.open("s")
+    fill(engine, "s", STREAM[:70], mark=True)
+    with at_rest(engine):
+        engine.append("s", STREAM[70:73])
+        engine.mark("s")
+        data = engine.snapshot("s")
+
+    def read(data: bytes) -> Snapshot:
+        return Snapshot.from_bytes(data, engine.fingerprint)
+
+    def truth(snapshot: Snapshot) -> tuple[object, ...]:
+        journal = snapshot.journal
+        return snapshot.root, snapshot.keys, snapshot.marks, snapshot.pending, journal.tokens, journal.events
+
+    assert read(data).marks == (73,)
+    assert read(data).tensors is not None
+    for name, (start, end) in places(data).items():
+        for _ in range(1 if name else 200):
+            damaged = flipped(data, random.randrange(start, end), random.randrange(8))
+            if name.startswith("state."):
+                assert read(damaged).tensors is None
+            with suppress(BlockDamaged):
+                assert truth(read(damaged)) == truth(read(data))
 
 
 def test_a_snapshot_of_another_model_configuration_or_tenant_is_refused(make_engine):
@@ -173,6 +214,37 @@ def test_i5_a_fork_and_its_parent_continue_as_if_alone(make_engine, policy):
     assert len(answer(engine, "b", 3)) == 3
 
 
+def test_a_fork_of_an_answering_session_stands_where_its_parent_stood(make_engine):
+    """The answer isn't continued in the fork; asked again, it goes on as its parent's."""
+    engine, begun = make_engine(), threading.Event()
+    engine.open("a")
+    engine.append("a", STREAM)
+    tokens, asked = ask(engine, "a", 200, at_token=lambda count: begun.set())
+    assert begun.wait(SECONDS)
+    engine.fork("a", "b")
+    engine.restore("c", engine.snapshot("a"))
+    for name in "bc":
+        done = engine.session_stats(name).tokens - len(STREAM)
+        again = answer(engine, name, 20)
+        asked.done.result(SECONDS)
+        assert again == tokens[done : done + 20]
+
+
+def test_a_fork_that_fails_leaves_nothing(make_engine, monkeypatch):
+    engine = make_engine()
+    engine.open("a")
+    fill(engine, "a", STREAM)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no room on the device")
+
+    monkeypatch.setattr(engine_module, "unpack", broken)
+    with pytest.raises(RuntimeError):
+        engine.fork("a", "b")
+    monkeypatch.undo()
+    engine.fork("a", "b")  # the name is free, and the books balance at the end
+
+
 def test_a_fork_shares_blocks_and_does_not_copy_them(make_engine):
     engine = make_engine()
     engine.open("a")
@@ -208,9 +280,10 @@ def test_i6_tokens_do_not_depend_on_what_else_is_in_the_batch(make_engine, polic
     assert {name: tokens for name, (tokens, _) in asked.items()} == expected
 
 
-def test_i6_holds_to_the_last_bit_in_bf16():
-    """One width for all decode passes: company changes no bit, where it otherwise would."""
-    lm = CausalLM(tiny_model(dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_i6_holds_to_the_last_bit(dtype):
+    """One width for all decode passes: company changes no bit, where it otherwise would (fp32 on every CPU so far)."""
+    lm = CausalLM(tiny_model(dtype=dtype))
     states = []
     for company in (0, 3):
         engine = engine_of(lm, slots=4)
@@ -238,6 +311,49 @@ def test_a_rewound_session_is_as_it_was_then(make_engine, policy):
         engine.append("s", STREAM[boundary:48])
         assert answer(engine, "s") == expected
     assert engine.session_stats("s").tokens == 48 + 11
+
+
+def test_going_back_drops_what_waits(make_engine):
+    """Tokens, marks and flushes that haven't been run; whoever waits for a flush or for room learns of it."""
+    engine = make_engine()
+    for name in "st":
+        engine.open(name)
+        fill(engine, name, STREAM[:90])
+    with at_rest(engine):
+        engine.append("s", STREAM[:40])
+        engine.mark("s")
+        flush, room = engine.flush("s"), engine.room("s")
+        assert not room.done()
+        engine.rewind("s", 80)
+    assert room.result(SECONDS) is None
+    with pytest.raises(Cancelled, match="went back"):
+        flush.result(SECONDS)
+    engine.append("s", STREAM[80:])
+    assert answer(engine, "s", 60) == answer(engine, "t", 60)
+
+
+def test_a_session_that_is_being_made_again_goes_back_as_any_other(make_engine):
+    """Restored without its blocks, it can go back at once to where it was, though it isn't there yet."""
+    engine = make_engine()
+    engine.open("s")
+    fill(engine, "s", STREAM)
+    other = make_engine()
+    with at_rest(other):
+        other.restore("s", engine.snapshot("s"))
+        assert other.session_stats("s").tokens == 0
+        other.rewind("s", 48)
+    engine.rewind("s", 48)
+    assert answer(other, "s") == answer(engine, "s")
+
+
+def test_a_session_without_a_slot_goes_back(make_engine):
+    engine = make_engine(slots=1)
+    for name in "st":
+        engine.open(name)
+        fill(engine, name, STREAM)
+    engine.rewind("s", 48)
+    fill(engine, "s", STREAM[48:])
+    assert answer(engine, "s") == answer(engine, "t")
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 96, -16])
@@ -301,6 +417,41 @@ def test_a_document_that_differs_late_is_shared_until_there(make_engine):
     alone.open("b")
     alone.append("b", other)
     assert answer(alone, "b") == tokens
+
+
+def test_no_segment_is_adopted_across_a_mark(make_engine):
+    """Other sessions ran these tokens without it."""
+    answers = []
+    for read_before in (False, True):
+        engine = make_engine()
+        if read_before:
+            engine.open("before")
+            fill(engine, "before", STREAM)
+        with at_rest(engine):
+            engine.open("s")
+            engine.append("s", STREAM[:58])
+            engine.mark("s")
+            engine.append("s", STREAM[58:])
+        answers.append(answer(engine, "s"))
+    assert answers[0] == answers[1]
+
+
+def test_a_session_closed_while_it_adopts_is_closed_quietly(make_engine, monkeypatch, caplog):
+    engine = make_engine()
+    engine.open("a")
+    fill(engine, "a", STREAM)
+    adopt = SessionPast.adopt
+
+    def closed_meanwhile(past: SessionPast, key: str) -> object:
+        engine._steps.fail(engine._sessions["b"], Cancelled("deleted"))
+        return adopt(past, key)
+
+    monkeypatch.setattr(SessionPast, "adopt", closed_meanwhile)
+    engine.open("b")
+    engine.append("b", STREAM)
+    engine.check_integrity()
+    engine.close("b")
+    assert not caplog.records
 
 
 def test_an_answer_right_after_adopted_segments(make_engine):
@@ -410,8 +561,7 @@ class Sessions(RuleBasedStateMachine):
     @rule()
     def lose_blocks(self) -> None:
         """Every block is gone from memory, and there is nowhere else to look."""
-        with self.engine._changed:
-            self.engine._changed.wait_for(lambda: not self.engine._stepping)
+        with at_rest(self.engine):
             for key in self.engine._past._host.keys:
                 self.engine._past._host.delete(key)
 
