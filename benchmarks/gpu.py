@@ -1,6 +1,6 @@
 """The engine on a GPU beside Hugging Face's full attention, on the same random bf16 weights, in one run.
 
-python -m benchmarks.gpu                     # all shapes; writes benchmarks/results/gpu.json, raw runs in results/raw/gpu.json
+python -m benchmarks.gpu                     # all shapes; writes results/gpu.json, and raw/gpu.json beside it
 python -m benchmarks.gpu --shapes smollm2 --tokens 8192 131072 --dry
 
 Settings: S 4096, M 512, R 512, 4 sinks, two selector cells, retrieval and offload to host memory on; readers are the

@@ -116,11 +116,11 @@ def _rotate_into(
 
 def _defer_rotation(module: nn.Module) -> None:
     """Give an attention module its own `forward` again, in which the rotation by its file's function does nothing."""
-    module.forward = types.MethodType(_without_rotation(type(module)), module)
+    module.forward = types.MethodType(_without_rotation(cast(Any, type(module))), module)
 
 
 @functools.cache  # one for all of a kind: compiled code belongs to a function's names
-def _without_rotation(kind: Any) -> types.FunctionType:
+def _without_rotation(kind: type[nn.Module]) -> types.FunctionType:
     own = cast(types.FunctionType, inspect.unwrap(kind.forward))
     names = own.__globals__ | {ROTATION: lambda q, k, *angles, **options: (q, k)}
     twin = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
