@@ -44,8 +44,9 @@ class _PrefixAndSegment(torch.autograd.Function):
         prefix = k.shape[2] - q.shape[2]
         out, sums = _forward(q, k[:, :, :prefix], v[:, :, :prefix], 0.0, False, scale=scale)
         own, own_sums = _forward(q, k[:, :, prefix:], v[:, :, prefix:], 0.0, True, scale=scale)
-        out = torch.lerp(out.to(sums.dtype), own.to(sums.dtype), torch.sigmoid(own_sums - sums)[..., None]).to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, torch.logaddexp(sums, own_sums))
+        out = torch.lerp(out, own, torch.sigmoid(own_sums - sums)[..., None].to(out.dtype))
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(q, k, v, out, torch.logaddexp(sums, own_sums))
         ctx.scale = scale
         return out
 
