@@ -8,7 +8,8 @@ EXTRAS := serve,train,eval,redis,dev
 BIN := .venv/bin
 UV := $(BIN)/uv pip
 # One OpenMP thread in tests: spinning barriers on a shared machine cost more than they bring.
-TEST_ENV := OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled
+# Bytecode is kept, even where an image says not to: dozens of processes import the same packages.
+TEST_ENV := OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled PYTHONDONTWRITEBYTECODE=
 
 DOC ?=
 QUESTION ?=

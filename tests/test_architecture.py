@@ -74,6 +74,7 @@ def run_without(blocked: set[str], code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_engine_imports_with_its_own_dependencies_alone():
     modules = [name_of(p)[:-3].replace("/", ".").removesuffix(".__init__") for p in SOURCES]
     engine = [m for m in modules if m.startswith("segcore")]

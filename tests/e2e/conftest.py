@@ -21,8 +21,8 @@ SEGMENT = {
     "query_window_tokens": 8,
     "selectors": ((0, 1), (1, 0)),
 }
-MAX_DOCUMENT_BYTES = 20_000
-MAX_SESSION_TOKENS = 25_000
+MAX_DOCUMENT_BYTES = 10_000
+MAX_SESSION_TOKENS = 14_000
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ KV_BYTES = TOKENS * LAYOUT.block_bytes_per_token
 INDEX_BYTES = TOKENS * LAYOUT.index_bytes_per_token
 BOUNDARY_BYTES = 2 * 3 * 4 * 2 + 8
 BLOCK_BYTES = KV_BYTES + INDEX_BYTES + BOUNDARY_BYTES
+FILE_BYTES = 3000  # more than a block's file takes, less than two
 
 
 def random(seed: int, *shape: int, dtype: torch.dtype = LAYOUT.dtype) -> Tensor:
@@ -73,3 +74,13 @@ def stream_of(past: PastKVManager, *seeds: int, tenant: str = "") -> SessionPast
     for seed in seeds:
         close_segment(stream, seed)
     return stream
+
+
+def everything(*seeds: int) -> Tensor:
+    """Keys and values of a stream of these segments."""
+    return torch.cat([bulk(seed) for seed in seeds])
+
+
+def gathers(stream: SessionPast, *seeds: int) -> bool:
+    """Whether a stream gives back all of these segments."""
+    return same(stream.gather(torch.arange(TOKENS * len(seeds))), everything(*seeds))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import torch
 
 from segcore.engine.engine import Engine
 
@@ -76,6 +77,12 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     yield server
     server.signal(signal.SIGCONT)
     server.kill()
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture

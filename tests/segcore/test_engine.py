@@ -143,6 +143,7 @@ def test_a_long_prefill_does_not_hold_up_another_answer(make_engine):
     engine.append("long", STREAM * 40)
     answer(engine, "short", 5)
     assert engine.session_stats("long").pending_tokens > 0
+    engine.close("long")
 
 
 def kinds(seen: list[tuple[Step, str]]) -> str:
@@ -217,7 +218,7 @@ def test_tokens_wait_until_a_chunk_is_full_or_asked_for(make_engine):
 def test_room_waits_for_the_engine(make_engine):
     engine = make_engine(max_pending_tokens=50)
     engine.open("s")
-    engine.append("s", STREAM * 20)
+    engine.append("s", STREAM * 5)
     engine.room("s").result(SECONDS)
     assert engine.session_stats("s").pending_tokens <= 50
     engine.check_integrity()

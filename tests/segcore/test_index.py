@@ -1,6 +1,7 @@
 """Indexes of selector keys: the same past gives the same choice however it came, and the oracle's wherever promised."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -41,6 +42,11 @@ def correlated(tokens, seed, dtype=torch.float64):
     keys = (torch.randn(C, tokens, D, generator=rng, dtype=torch.float64) * std + 2) @ basis.mT
     queries = (torch.randn(C, G, W, D, generator=rng, dtype=torch.float64) * std + 1) @ basis.mT[:, None]
     return keys.to(dtype), [q.to(dtype) for q in queries]
+
+
+@functools.cache
+def segment_keys(seed):
+    return correlated(SEGMENT, seed, torch.bfloat16)[0]
 
 
 def filled(index, keys, segment=SEGMENT):
@@ -142,9 +148,8 @@ def test_appends_forks_and_cuts_in_any_order_equal_a_fresh_index(name, data):
         index, segments = lives[data.draw(st.integers(0, len(lives) - 1))]
         act = data.draw(st.sampled_from(["append", "append", "append", "fork", "cut"]))
         if act == "append":
-            keys, _ = correlated(SEGMENT, seed, torch.bfloat16)
-            index.append(keys)
-            segments.append(keys)
+            index.append(segment_keys(seed))
+            segments.append(segment_keys(seed))
         elif act == "fork":
             lives.append((index.fork(), list(segments)))
         else:

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import re
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,12 +61,21 @@ CONFIGS: dict[str, SegmentConfig] = {
 } | {name: config for name, config in PAPERS.items() if config.policy in POLICIES}
 
 
+@pytest.fixture(autouse=True)
+def _frozen() -> Iterator[None]:
+    """Tensors are counted by walking all objects: what there is before a test needn't be walked each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def measured(lm: CausalLM, config: SegmentConfig, weights: int = 0) -> dict[str, Figure]:
     engine = EngineConfig(segment=config, chunk_tokens=24)
     return {figure.name: figure for figure in measure(lm, engine, weights)}
 
 
 # Every policy as it is served, and each way of searching in the other shapes too.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kv_heads", "dtype"),
     [(name, 2, torch.bfloat16) for name in CONFIGS]

@@ -4,42 +4,21 @@ Shapes: T tokens of a stream, N keys of a query, L tokens of a lag, H KV heads, 
 dimension.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
-import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from segcore.config import (
-    Cell,
-    DuoConfig,
-    FullConfig,
-    LagKVConfig,
-    LongGenConfig,
-    SegmentedConfig,
-    StreamingConfig,
-    segment_config,
-)
+from segcore.config import Cell, DuoConfig, FullConfig, LagKVConfig, LongGenConfig, StreamingConfig, segment_config
 from segcore.errors import ConfigError
 from segcore.policies import POLICIES, make_policy
-from segcore.policies.lagkv import EPSILON, best_of_lag, score_lag
-from segcore.presets import DEFAULT_MODEL, LONG_HEADS, paper_preset, segment_preset
-from segcore.retrieval import choose_by_anchors
 from tests.conftest import tiny_segment
+from tests.segcore import literal
 from tests.segcore.test_invariants import EXACT, STREAM, run
 
-
-@pytest.fixture(autouse=True)
-def _no_gradients():
-    with torch.inference_mode():
-        yield
-
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 # The reference: one pass over the whole stream, whose attention gathers, for each cell, the tokens that a rule lists.
 
@@ -66,7 +45,7 @@ def one_pass(lm, config, stream_T, rule, *, marks=(), position=None):
                 else:
                     q = lm.rope(q_GTD[:, at:stop], k_TD[None, at:stop], position + at - start)[0]
                     k_ND = lm.rope.keys(k_TD[None, rows], position - len(prefix))[0]
-                seen_TN = torch.tensor([[j <= t for j in rows] for t in range(at, stop)])
+                seen_TN = torch.tensor(rows) <= torch.arange(at, stop)[:, None]
                 scores_GTN = (q @ k_ND.T * scale).masked_fill(~seen_TN, -math.inf)
                 out_HGTD[head, :, at:stop] = scores_GTN.softmax(dim=-1) @ v_TD[rows]
         return out_HGTD
@@ -115,7 +94,7 @@ def rule_of_lagkv(config, lm):
         while first + 2 * size <= start:
             lag, following = slice(first, first + size), slice(first + size, first + 2 * size)
             values = v.tolist()
-            kept = literal_kept(rotated[lag], values[lag], rotated[following], values[following], config.keep)
+            kept = literal.kept_of_lag(rotated[lag], values[lag], rotated[following], values[following], config.keep)
             seen += [first + i for i in kept]
             first += size
         return seen + list(range(first, start))
@@ -135,7 +114,7 @@ def rule_of_segmented(config, lm, choices=None):
         tail = list(range(max(len(sinks), start - longest), start))
         if cell not in config.readers or start == 0:
             return sinks + tail
-        chosen = literal_anchors(
+        chosen = literal.anchors(
             [window[max(0, at - config.query_window_tokens) : at] for window in q.tolist()],
             k.tolist(),
             first=len(sinks),
@@ -232,12 +211,17 @@ def test_the_methods_differ(tiny_lm):
         torch.testing.assert_close(last[name], last["full"], **EXACT)
 
 
+@functools.cache
+def full_state(lm, length):
+    return run(lm, CASES["full"], STREAM[:length]).state
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("length", [5, 16, 33, 48, 133])
 def test_a_window_holds_each_token_once_at_its_position(tiny_lm, name, length):
     """Layer 0's unrotated keys and values depend on their token alone, so they tell which tokens a window holds."""
     config = CASES[name]
-    (all_tokens,) = run(tiny_lm, CASES["full"], STREAM[:length]).state.layers[0]
+    (all_tokens,) = full_state(tiny_lm, length).layers[0]
     k_HTD, v_HTD, rotated_HTD = all_tokens.k_HND, all_tokens.v_HND, all_tokens.rotated_HND
     rule, start = RULES[config.policy](config, tiny_lm), length - length % config.segment_tokens
     ours = run(tiny_lm, config, STREAM[:length])
@@ -258,192 +242,6 @@ def test_a_window_holds_each_token_once_at_its_position(tiny_lm, name, length):
                 assert window.position == config.prefix_tokens
                 expected = tiny_lm.rope.keys(k_HTD[None, head, rows], config.prefix_tokens - len(prefix))[0]
             torch.testing.assert_close(window.rotated_HND[i, live], expected, **EXACT)
-
-
-# LagKV, from the published formula (arXiv 2504.04704) with EPSILON added to the range.
-
-
-def literal_shares(lag, following):
-    spreads = []
-    for token in lag:
-        normalised = []
-        for c, value in enumerate(token):
-            channel = [other[c] for other in following]
-            normalised.append((value - min(channel)) / (max(channel) - min(channel) + EPSILON))
-        spreads.append(statistics.stdev(normalised))  # unbiased
-    top = max(spreads)
-    total = sum(math.exp(s - top) for s in spreads)
-    return [math.exp(s - top) / total for s in spreads]
-
-
-def literal_scores(k, v, next_k, next_v):
-    return [a + b for a, b in zip(literal_shares(k, next_k), literal_shares(v, next_v), strict=True)]
-
-
-def literal_best(scores, count):
-    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
-
-
-def literal_kept(k, v, next_k, next_v, keep):
-    return literal_best(literal_scores(k, v, next_k, next_v), int(keep * len(k)))
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    heads=st.integers(1, 3),
-    lags=st.integers(1, 3),
-    size=st.integers(2, 12),
-    dim=st.integers(2, 6),
-    keep=st.sampled_from([0.0, 0.2, 0.29, 0.5, 0.75, 1.0]),
-    seed=st.integers(0, 2**20),
-)
-def test_lags_keep_what_the_literal_loop_keeps(heads, lags, size, dim, keep, seed):
-    random = torch.Generator().manual_seed(seed)
-    k, v, next_k, next_v = torch.randn((4, heads, lags, size, dim), generator=random, dtype=torch.float64)
-    scores = score_lag(k, v, next_k, next_v)
-    kept = best_of_lag(scores, int(keep * size))
-    for h in range(heads):
-        for p in range(lags):
-            lists = [z[h, p].tolist() for z in (k, v, next_k, next_v)]
-            assert scores[h, p].tolist() == pytest.approx(literal_scores(*lists), abs=1e-12)
-            assert kept[h, p].tolist() == literal_kept(*lists, keep)
-
-
-@settings(deadline=None)
-@given(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=3, max_size=40), st.floats(0.2, 0.8))
-def test_ties_between_tokens_of_a_lag_go_to_the_earlier(scores, share):
-    count = int(share * len(scores))
-    assert best_of_lag(torch.tensor(scores), count).tolist() == literal_best(scores, count)
-
-
-def test_a_channel_that_is_constant_in_the_next_lag_singles_out_who_differs():
-    k, next_k = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    k[:, 2] = next_k[:, 2] = 0.5
-    assert score_lag(k, k, next_k, next_k).tolist() == pytest.approx(
-        literal_scores(*(z.tolist() for z in (k, k, next_k, next_k))), abs=1e-12
-    )
-    k[3, 2] = 0.6
-    scores = score_lag(k, k, next_k, next_k)
-    assert scores.isfinite().all()
-    assert best_of_lag(scores, 1).tolist() == [3]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "wide"),
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
-)
-def test_lags_are_scored_in_at_least_fp32(dtype, wide):
-    lags = torch.randn(4, 2, 32, 8, generator=torch.Generator().manual_seed(2)).to(dtype)
-    scores = score_lag(*lags)
-    assert scores.dtype == wide
-    torch.testing.assert_close(scores.double(), score_lag(*lags.double()), rtol=1e-5, atol=1e-7)
-
-
-def test_a_lag_is_scored_with_gradient_but_chosen_without():
-    with torch.inference_mode(False), torch.enable_grad():
-        lags = torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        scores = score_lag(*lags)
-        (gradient,) = torch.autograd.grad(scores.square().sum(), lags, retain_graph=True)
-        assert (gradient.flatten(1).abs().amax(dim=1) > 0).all()
-        kept = lags[0][best_of_lag(scores, 3)]
-        (gradient,) = torch.autograd.grad(kept.sum(), lags)
-        assert gradient[0].sum(dim=1).tolist().count(4.0) == 3  # the kept keys, and nothing by way of the scores
-        assert gradient.sum() == 12
-
-
-# The paper's choice, from its steps (arXiv 2605.11744, appendix D) and the design's section 6, `cell`.
-
-
-def literal_summaries(window):
-    """Step 2, for one query head: means over windows of 8, stride 4, and of the last 4; queries are lists."""
-
-    def mean(queries):
-        return [sum(column) / len(queries) for column in zip(*queries, strict=True)]
-
-    size = min(8, len(window))
-    starts = range(0, len(window) - size + 1, 4)
-    return [mean(window[i : i + size]) for i in starts] + [mean(window[-4:])]
-
-
-def literal_anchors(windows, keys, *, first, stop, tokens):
-    """Steps 2 to 6 for one cell; windows: the last queries of each of its query heads."""
-    best = {}
-    for summary in (s for window in windows for s in literal_summaries(window)):
-        scores = {n: sum(a * b for a, b in zip(summary, keys[n], strict=True)) for n in range(first, stop)}
-        for n in sorted(scores, key=lambda n: (-scores[n], n))[:16]:
-            best[n] = max(scores[n], best.get(n, -math.inf))
-    anchors = sorted(best, key=lambda n: (-best[n], n))[: tokens // 8]
-    chosen = {min(max(a + offset, first), stop - 1) for a in anchors for offset in range(-3, 5)}
-    for n in range(first, stop):
-        if len(chosen) >= tokens:
-            break
-        chosen.add(n)
-    return sorted(chosen)
-
-
-@st.composite
-def choices(draw):
-    """Whole numbers whose means are whole: exact in fp32, so choices must be equal, and ties are the rule."""
-    groups = draw(st.lists(st.integers(1, 3), min_size=1, max_size=2))
-    window, dim = draw(st.integers(1, 30)), draw(st.integers(1, 4))
-    sizes = draw(st.lists(st.integers(1, 60), min_size=1, max_size=4))
-    length, most = sum(sizes), draw(st.sampled_from([1, 4, 30]))
-    first, stop = draw(st.integers(0, length)), draw(st.integers(0, length))
-    random = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    queries = [840 * torch.randint(-2, 3, (group, window, dim), generator=random) for group in groups]
-    keys = torch.randint(-most, most + 1, (len(groups), length, dim), generator=random)
-    return queries, keys, sizes, {"first": first, "stop": stop, "tokens": 8 * draw(st.integers(0, 24))}
-
-
-@settings(max_examples=200, deadline=None)
-@given(choices(), st.sampled_from([torch.float64, torch.float32]))
-def test_choice_by_anchors_equals_the_literal_steps_in_any_pieces(case, dtype):
-    queries, keys_CND, sizes, limits = case
-    pieces = keys_CND.to(dtype).split(sizes, dim=1)
-    got = choose_by_anchors([q.to(dtype) for q in queries], iter(pieces), **limits)
-    assert got.dtype == torch.long
-    expected = [literal_anchors(q.tolist(), k.tolist(), **limits) for q, k in zip(queries, keys_CND, strict=True)]
-    assert got.tolist() == expected
-
-
-def anchors(scores, *, tokens, first=0, stop=None, summaries=((1.0,),)):
-    keys = torch.tensor(scores, dtype=torch.float64)[None, :, None]
-    queries = [torch.tensor(summaries, dtype=torch.float64)[None]]
-    stop = len(scores) if stop is None else stop
-    return choose_by_anchors(queries, [keys], first=first, stop=stop, tokens=tokens).tolist()[0]
-
-
-def test_an_anchor_brings_three_before_and_four_after():
-    scores = [0.0] * 40
-    scores[20] = 1.0
-    assert anchors(scores, tokens=8) == [*range(17, 25)]
-
-
-def test_too_few_are_filled_with_the_earliest():
-    scores = [0.0] * 40
-    scores[20] = scores[21] = 1.0
-    assert anchors(scores, tokens=16) == [*range(7), *range(17, 26)]
-    assert anchors(scores, tokens=16, first=5) == [*range(5, 12), *range(17, 26)]
-    assert anchors(scores, tokens=16, stop=22) == [*range(11), *range(17, 22)]
-    assert anchors(scores, tokens=64) == [*range(40)]
-
-
-def test_a_summary_names_sixteen_tokens():
-    """Of the 20 anchors that R allows; the rest is filled."""
-    scores = [float(i % 20 == 5) * (400 - i) for i in range(400)]
-    around = {p for n in range(5, 320, 20) for p in range(n - 3, n + 5)}
-    assert len(around) == 16 * 8
-    filled = [p for p in range(400) if p not in around][: 4 * 8]
-    assert anchors(scores, tokens=160) == sorted(around | set(filled))
-
-
-def test_a_token_named_by_two_summaries_is_one_anchor_with_its_better_score():
-    """Two query heads of one query each, hence two different summaries; every token is named by both."""
-    keys = torch.zeros(1, 60, 2, dtype=torch.float64)
-    keys[0, 10], keys[0, 30], keys[0, 50] = torch.tensor([[3.0, 3.0], [4.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
-    heads = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]], dtype=torch.float64)
-    # 30 scores 4, 10 scores 3 twice, 50 scores 2: the one anchor is 30.
-    assert choose_by_anchors([heads], [keys], first=0, stop=60, tokens=8).tolist() == [[*range(27, 35)]]
 
 
 @pytest.mark.parametrize("name", ["paper", "paper-with-sinks-and-tail"])
@@ -529,37 +327,3 @@ def test_what_does_not_fit_the_model_is_refused(tiny_lm, name):
 def test_what_cannot_work_for_any_model_is_refused(policy, options, message):
     with pytest.raises(ConfigError, match=message):
         segment_config(policy, **options)
-
-
-# Presets.
-
-
-def test_the_papers_preset_is_the_published_one(tiny_lm):
-    config = paper_preset()
-    shape = {"layers": 32, "kv_heads": 32, "queries_per_kv_head": 1, "head_dim": 2, "max_positions": 4608}
-    policy = policy_of(tiny_lm, config, **shape)
-    local = tuple(head for head in range(32) if head not in LONG_HEADS)
-    assert (len(LONG_HEADS), config.prefix_tokens, config.segment_tokens) == (16, 512, 4096)
-    assert policy.readers == policy.watched
-    assert policy.readers == tuple(Cell(layer, head) for layer in (6, 8, 11, 16) for head in LONG_HEADS)
-    for layer in range(32):
-        long_window, local_window = sorted(policy.windows(layer), key=lambda window: window.heads)
-        assert (long_window.heads, local_window.heads) == (LONG_HEADS, local)
-        assert long_window.base == local_window.base == local_window.position == 512
-        assert policy.seen_by_others(Cell(layer, local[0])) == (0, 512)
-        if layer not in (6, 8, 11, 16):
-            assert {policy.seen_by_others(Cell(layer, head)) for head in LONG_HEADS} == {(0, 0)}
-
-
-@pytest.mark.parametrize("model", ["meta-llama/Llama-2-7b-hf", "togethercomputer/LLaMA-2-7B-32K"])
-def test_the_papers_preset_is_for_its_model(model):
-    assert segment_preset(model, "paper") == paper_preset()
-    assert segment_preset(model) == SegmentedConfig()
-
-
-def test_presets_that_are_not_there_are_refused():
-    assert segment_preset(DEFAULT_MODEL).selectors == (Cell(18, 2),)
-    with pytest.raises(ConfigError, match=r"names heads of Llama-2-7B, not of 'smollm2.*choose preset 'default'"):
-        segment_preset(DEFAULT_MODEL, "paper")
-    with pytest.raises(ConfigError, match="unknown preset 'best'; known: default, paper"):
-        segment_preset(DEFAULT_MODEL, "best")

@@ -1,5 +1,6 @@
 """Text to tokens and back: in pieces, through chat templates, and as an answer that grows."""
 
+import functools
 import json
 import random
 
@@ -136,10 +137,16 @@ def test_one_byte_at_a_time():
 @settings(max_examples=5, deadline=None)
 @given(cuts=cuts)
 def test_text_without_word_gaps_is_complete_and_independent_of_the_cuts(name, unit, cuts):
-    text = (unit * 10_000)[:10_000]
-    tokens = encode_in(TOKENIZERS[name], chop(text.encode(), cuts))
+    text, tokens = without_word_gaps(name, unit)
     assert TOKENIZERS[name].tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == text
-    assert tokens == encode_in(TOKENIZERS[name], [text.encode()])
+    assert encode_in(TOKENIZERS[name], chop(text.encode(), cuts)) == tokens
+
+
+@functools.cache
+def without_word_gaps(name: str, unit: str) -> tuple[str, list[int]]:
+    """A text of more than two pieces, and its tokens when it comes at once."""
+    text = (unit * 10_000)[:10_000]
+    return text, encode_in(TOKENIZERS[name], [text.encode()])
 
 
 @pytest.mark.parametrize("length", range(PIECE_CHARS - 2, PIECE_CHARS + 4))

@@ -22,6 +22,7 @@ def longer_model(model_directory, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_report_and_a_picture_that_the_engine_takes(longer_model, tmp_path, capsys):
     made = tmp_path / "made" / "here" / "longer.json"
     arguments = ["--lengths", "900", "--depths", "0.2", "0.8", "--rounds", "1", "--selectors", "3", "--seed", "5"]
@@ -38,6 +39,7 @@ def test_the_command_writes_a_report_and_a_picture_that_the_engine_takes(longer_
     assert config.segment_config().selectors == report.selectors
 
 
+@pytest.mark.slow
 def test_another_text_can_be_the_haystack(longer_model, tmp_path):
     text = tmp_path / "essay.txt"
     text.write_text("".join(f"Day {i} brought nothing new. " for i in range(100)))

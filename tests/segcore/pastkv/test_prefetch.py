@@ -1,0 +1,124 @@
+"""What is prefetched isn't read twice, and never costs what is in use."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from segcore.errors import BlockMissing
+from segcore.pastkv.directory import DirectoryTier
+from segcore.pastkv.manager import ROWS_SHARE
+from tests.segcore.blocks import BLOCK_BYTES, LAYOUT, TOKENS, bulk, close_segment, everything, gathers, same, stream_of
+
+
+def slower_only(make_past, tmp_path, seeds=4, **options):
+    """A stream whose blocks are on disk alone, and much free host memory."""
+    past = make_past(directory=tmp_path, **options)
+    stream = stream_of(past, *range(seeds))
+    past.settle()
+    for key in stream.keys:
+        past._host.delete(key)
+    return past, stream
+
+
+def test_what_was_prefetched_is_not_read_again(make_past, tmp_path, reads):
+    past, stream = slower_only(make_past, tmp_path)
+    positions = torch.tensor([3, 4, 50, 51, 119, 159])
+    stream.prefetch(positions)
+    past.settle()
+    assert len(reads) == 4
+    before = len(reads)
+    assert same(stream.gather(positions), everything(*range(4))[positions])
+    assert same(stream.gather(positions[1:3]), everything(*range(4))[positions[1:3]])
+    assert len(reads) == before
+    more = torch.tensor([3, 5])  # only what is missing is read
+    assert same(stream.gather(more), everything(*range(4))[more])
+    assert reads[before:] == [stream.keys[0]]
+
+
+def test_a_gather_does_not_wait_for_other_blocks_prefetch(make_past, tmp_path, monkeypatch):
+    """A prefetch that is under way is waited for, one that hasn't begun is taken over."""
+    past, stream = slower_only(make_past, tmp_path)
+    rows, go, begun = DirectoryTier.rows, threading.Event(), threading.Event()
+    asked = []
+
+    def held(tier, key, rows_n):
+        asked.append(key)
+        if key == stream.keys[0]:
+            begun.set()
+            assert go.wait(20)
+        return rows(tier, key, rows_n)
+
+    monkeypatch.setattr(DirectoryTier, "rows", held)
+    past._reader = ThreadPoolExecutor(1)
+    stream.prefetch(torch.tensor([0, TOKENS]))
+    assert begun.wait(20)
+    assert same(stream.gather(torch.tensor([TOKENS])), bulk(1)[[0]])
+    threading.Timer(0.05, go.set).start()
+    assert same(stream.gather(torch.tensor([0])), bulk(0)[[0]])
+    assert sorted(asked) == sorted(stream.keys[:2])
+
+
+def test_prefetch_keeps_to_the_budget_and_gives_way_to_blocks(make_past, tmp_path):
+    past, stream = slower_only(make_past, tmp_path, seeds=12, blocks=12)
+    stream.prefetch(torch.arange(12 * TOKENS))
+    past.settle()
+    past.check_integrity()
+    assert 0 < past._rows.used_bytes <= 12 * BLOCK_BYTES // ROWS_SHARE
+    for seed in range(12, 40):
+        close_segment(stream, seed)
+        stream.prefetch(torch.arange(0, stream.segments * TOKENS, 7))
+        assert past.host_bytes <= 12 * BLOCK_BYTES
+    assert gathers(stream, *range(40))
+
+
+def test_a_wrong_guess_costs_only_its_reads(make_past, tmp_path, reads):
+    past, stream = slower_only(make_past, tmp_path)
+    stream.prefetch(torch.tensor([0, 1]))
+    past.settle()
+    assert same(stream.gather(torch.tensor([90])), everything(*range(4))[[90]])
+    assert reads == [stream.keys[0], stream.keys[2]]
+    stream.truncate(0)
+    assert past.host_bytes == 0
+
+
+def test_nothing_is_prefetched_that_is_in_memory(make_past, tmp_path, reads):
+    past = make_past(directory=tmp_path)
+    stream = stream_of(past, 0, 1)
+    stream.prefetch(torch.arange(2 * TOKENS))
+    past.settle()
+    assert not reads
+    assert make_past().open_stream(LAYOUT).prefetch(torch.tensor([], dtype=torch.long)) is None
+
+
+def test_a_fault_in_prefetch_is_counted_and_harmless(make_past, tmp_path):
+    past, stream = slower_only(make_past, tmp_path)
+    path = past._disk._path(stream.keys[0])
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # in the last page
+    path.write_bytes(data)
+    past._disk._path(stream.keys[1]).unlink()
+    stream.prefetch(torch.arange(4 * TOKENS))
+    past.settle()
+    assert past.faults == {"disk.BlockDamaged": 1, "disk.BlockMissing": 1}
+    for segment in (0, 1):
+        with pytest.raises(BlockMissing) as raised:
+            stream.gather(torch.tensor([segment * TOKENS]))
+        assert raised.value.details["segment"] == str(segment)
+    positions = torch.arange(2 * TOKENS, 4 * TOKENS)
+    assert same(stream.gather(positions), everything(*range(4))[positions])
+
+
+def test_a_stream_that_ends_during_prefetch_leaves_nothing(make_past, tmp_path):
+    past, stream = slower_only(make_past, tmp_path)
+    for _ in range(20):
+        fork = stream.fork()
+        fork.prefetch(torch.arange(4 * TOKENS))
+        fork.truncate(0)
+    stream.prefetch(torch.arange(4 * TOKENS))
+    stream.truncate(0)
+    past.check_integrity()
+    assert past.host_bytes == 0
