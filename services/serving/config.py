@@ -46,6 +46,7 @@ class ServeConfig(BaseModel):
     past_disk_bytes: int | None = Field(default=None, ge=0)
     past_shared: str | None = None
     past_shared_bytes: int | None = Field(default=None, ge=0)
+    attention: str = "auto"
     slots: int = Field(default=8, ge=1)
     max_sessions: int = Field(default=64, ge=1)
     max_session_tokens: int = Field(default=10_000_000, ge=1)
@@ -77,6 +78,7 @@ class ServeConfig(BaseModel):
                 shared_bytes=self.past_shared_bytes,
             ),
             chunk_tokens=self.chunk_tokens,
+            attention=self.attention,
             slots=self.slots,
             max_sessions=self.max_sessions,
             max_session_tokens=self.max_session_tokens,
