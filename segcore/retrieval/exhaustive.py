@@ -68,8 +68,15 @@ class ExhaustiveIndex(KeyIndex):
 
     def _gather(self, positions_n: Tensor) -> Tensor:
         """Keys of ascending positions, [C, n, D], from an index that lives in host memory."""
-        row_n, column_n = positions_n // self._segment, positions_n % self._segment
+        selectors, head_dim, size = self._spec.selectors, self._spec.head_dim, self._segment
+        row_n = positions_n // size
         pages, counts = torch.unique_consecutive(row_n // PAGE_ROWS, return_counts=True)
-        where = zip(pages.tolist(), *(x.split(counts.tolist()) for x in (row_n % PAGE_ROWS, column_n)), strict=True)
-        parts = [self._keys.page(i)[rows, :, columns] for i, rows, columns in where]
-        return torch.cat(parts).to(self._spec.device).transpose(0, 1)
+        # As rows of a page's [selectors * size] rows of one key each: what torch copies soonest.
+        first_n = row_n % PAGE_ROWS * (selectors * size) + positions_n % size
+        key_nC = first_n[:, None] + size * torch.arange(selectors)
+        pin = self._spec.device.type == "cuda"
+        keys_nCD = torch.empty((len(positions_n), selectors, head_dim), dtype=self._spec.dtype, pin_memory=pin)
+        parts = zip(pages.tolist(), key_nC.split(counts.tolist()), keys_nCD.split(counts.tolist()), strict=True)
+        for i, keys, out in parts:
+            torch.index_select(self._keys.page(i).view(-1, head_dim), 0, keys.flatten(), out=out.view(-1, head_dim))
+        return keys_nCD.to(self._spec.device, non_blocking=True).transpose(0, 1)
