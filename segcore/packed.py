@@ -41,6 +41,9 @@ def pack_linears(model: nn.Module) -> None:
         for name, child in module.named_children():
             if type(child) is nn.Linear and uses[id(child.weight)] == 1 and _packable(child.weight):
                 setattr(module, name, PackedLinear(child))
+    # Weights may have been read into one piece of memory: it goes once nothing of the rest lies in it.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _packable(weight: Tensor) -> bool:

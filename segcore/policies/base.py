@@ -123,16 +123,17 @@ def segment_ends(window: Window, state: State, sink_tokens: int, tail_tokens: in
 
 
 def write_prefixes(prefixes: Sequence[tuple[Window, Tensor, Tensor]], rope: Rope) -> None:
-    """Right-align prefixes, keys and values [H, N, D] each, before their segments, keys rotated to just before it.
-
-    All of one length at one position are rotated at once: each step on its own is too little work for a GPU.
-    """
-    alike: dict[tuple[int, int], list[tuple[Window, Tensor, Tensor]]] = {}
+    """Right-align prefixes, keys and values [H, N, D] each, before their segments, keys rotated to just before it."""
+    # On a GPU all alike at once, for each is too little work; on a CPU each while it is in the cache.
+    batches: dict[object, list[tuple[Window, Tensor, Tensor]]] = {}
     for window, k_HND, v_HND in prefixes:
-        alike.setdefault((k_HND.shape[1], window.position), []).append((window, k_HND, v_HND))
-    for (rows, position), members in alike.items():
-        rotated = rope.keys(torch.cat([k_HND for _, k_HND, _ in members]), position - rows)
-        parts = rotated.split([len(window.heads) for window, _, _ in members])
-        for (window, k_HND, v_HND), rotated_HND in zip(members, parts, strict=True):
+        alike = (k_HND.shape[1], window.position) if k_HND.is_cuda else id(window)
+        batches.setdefault(alike, []).append((window, k_HND, v_HND))
+    for batch in batches.values():
+        first, some_HND, _ = batch[0]
+        rows = some_HND.shape[1]
+        rotated = rope.keys(torch.cat([k_HND for _, k_HND, _ in batch]), first.position - rows)
+        parts = rotated.split([len(window.heads) for window, _, _ in batch])
+        for (window, k_HND, v_HND), rotated_HND in zip(batch, parts, strict=True):
             window.start = window.base - rows
             window.write(window.start, k_HND, rotated_HND, v_HND)
