@@ -25,7 +25,7 @@ MAX_DOCUMENT_BYTES = 10_000
 MAX_SESSION_TOKENS = 14_000
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def config(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
     return ServeConfig(
         model=str(model_directory),
@@ -45,7 +45,7 @@ def config(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> S
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def address(config: ServeConfig) -> Iterator[str]:
     with local_service(config) as where:
         yield where
