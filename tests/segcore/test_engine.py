@@ -91,6 +91,14 @@ def test_a_mark_is_a_refresh_point_where_it_stands(make_engine, tiny_lm):
     assert answer(engine, "s") == expected != by_hand(tiny_lm, STREAM[:75], 12)
 
 
+def test_refresh_points_are_marks_at_fixed_places(make_engine, tiny_lm):
+    places = tuple(at for at in range(1, 91) if at % 16 in (5, 10, 15))
+    engine = make_engine(segment=tiny_segment(refresh_tokens=5))
+    engine.open("s")
+    engine.append("s", STREAM)
+    assert answer(engine, "s", 5) == by_hand(tiny_lm, STREAM, 5, places) != by_hand(tiny_lm, STREAM, 5)
+
+
 def test_a_sampled_answer_draws_anew_for_each_token(make_engine, tiny_lm):
     engine = make_engine()
     engine.open("s")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -66,9 +67,12 @@ def test_i4_a_restored_session_continues_as_if_never_interrupted(make_engine, po
     engine = make_engine(segment=MATRIX[policy])
     engine.open("s")
     fill(engine, "s", STREAM[:70], mark=True)
-    engine.append("s", STREAM[70:73])  # still waiting when the snapshot is taken
-    engine.mark("s")
-    data = engine.snapshot("s")
+    with at_rest(engine):
+        engine.append("s", STREAM[70:73])  # still waiting when the snapshot is taken
+        engine.mark("s")
+        data = engine.snapshot("s")
+        engine.restore("same", data)
+        assert engine.snapshot("same") == data
     engine.append("s", STREAM[73:])
     expected = answer(engine, "s", temperature=1.0, seed=3)
     other = make_engine(segment=MATRIX[policy])
@@ -124,7 +128,7 @@ def test_tokens_alone_bring_a_session_back(make_engine, policy):
     fill(engine, "s", STREAM[40:], mark=True)
     data = engine.snapshot("s")
     other = make_engine(segment=MATRIX[policy])
-    other.restore("s", flipped(data, sum(places(data)["state.window.0.0.v_HND"]) // 2))
+    other.restore("s", flipped(data, places(data)["state.window.0.0.v_HND"][1] - 1))
     assert answer(other, "s") == answer(engine, "s")
 
 
@@ -217,6 +221,36 @@ def test_i5_a_fork_and_its_parent_continue_as_if_alone(make_engine, policy):
     assert {name: tokens for name, (tokens, _) in asked.items()} == expected
     engine.close("a")
     assert len(answer(engine, "b", 3)) == 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda engine: engine.fork("s", "t"),
+        lambda engine: engine.snapshot("s"),
+        lambda engine: engine.rewind("s", 0),
+        lambda engine: engine.close("s"),
+    ],
+    ids=["fork", "snapshot", "rewind", "close"],
+)
+def test_a_call_waits_for_the_turns_end(make_engine, monkeypatch, call):
+    engine, begun, go_on = make_engine(), threading.Event(), threading.Event()
+    forward = engine._runner.forward
+
+    def slow(*args: object, **options: object) -> object:
+        begun.set()
+        assert go_on.wait(SECONDS)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(engine._runner, "forward", slow)
+    engine.open("s")
+    engine.append("s", STREAM)
+    assert begun.wait(SECONDS)
+    with ThreadPoolExecutor(1) as pool:
+        called = pool.submit(call, engine)
+        assert not wait([called], timeout=0.2).done
+        go_on.set()
+        called.result(SECONDS)
 
 
 def test_a_fork_of_an_answering_session_stands_where_its_parent_stood(make_engine):
