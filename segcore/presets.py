@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from segcore.config import Cell, SegmentConfig, SegmentedConfig
+from segcore.config import Cell, SegmentConfig, SegmentedConfig, segment_config
 from segcore.errors import ConfigError
 from segcore.heads.report import HeadsReport
 
@@ -35,6 +38,21 @@ def segment_preset(model: str, name: str = "default") -> SegmentConfig:
     if PAPER_MODEL not in model.lower():
         raise ConfigError(f"preset 'paper' names heads of Llama-2-7B, not of {model!r}; choose preset 'default'")
     return paper_preset()
+
+
+def model_segment(
+    model: str, options: Mapping[str, Any], *, preset: str = "default", heads: Path | None = None
+) -> SegmentConfig:
+    """A model's preset with some options changed, or another policy's defaults with them.
+
+    options: "policy", and what differs from the preset or from the policy's defaults. heads: a file of `segcore heads`,
+    whose cells take the place of the preset's. Raises ConfigError.
+    """
+    chosen, changed = segment_preset(model, preset), dict(options)
+    policy = changed.pop("policy", chosen.policy)
+    inherited = dataclasses.asdict(chosen) if policy == chosen.policy else {}
+    config = segment_config(policy, **inherited | changed)
+    return config if heads is None else HeadsReport.read(heads).apply(config)
 
 
 def paper_preset() -> SegmentedConfig:

@@ -39,3 +39,18 @@ def head_loss_and_grad(
         grad_TC[rows_n] = hidden_nC.grad
         loss += piece.detach()
     return loss.item(), grad_TC
+
+
+@torch.no_grad()
+def head_loss_and_hits(
+    model: CausalLM, hidden_TC: Tensor, targets_T: Tensor, logits: int = LOGITS
+) -> tuple[float, Tensor]:
+    """The summed loss of a segment, and at which positions, [T] in host memory, the likeliest token is the target."""
+    wide = torch.promote_types(hidden_TC.dtype, torch.float32)
+    loss, hits_T = 0.0, torch.zeros(len(targets_T), dtype=torch.bool)
+    for rows_n in (targets_T != IGNORED).nonzero().flatten().split(max(1, logits // model.spec.vocabulary)):
+        logits_nV = model.head(hidden_TC[rows_n.to(hidden_TC.device)][None])[0].to(wide)
+        targets_n = targets_T[rows_n].to(logits_nV.device)
+        loss += cross_entropy(logits_nV, targets_n, reduction="sum").item()
+        hits_T[rows_n] = (logits_nV.argmax(-1) == targets_n).cpu()
+    return loss, hits_T

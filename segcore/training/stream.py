@@ -49,6 +49,14 @@ class TrainingStream:
         """How many of its tokens are to be predicted."""
         return int((self.targets_T != IGNORED).sum())
 
+    @property
+    def answers(self) -> list[range]:
+        """Positions that predict an answer: runs of targets, each behind a token that isn't one; of a text, none."""
+        wanted_T = torch.cat([torch.tensor([False]), self.targets_T != IGNORED, torch.tensor([False])]).int()
+        steps_T = wanted_T.diff()
+        starts, stops = (steps_T == 1).nonzero().flatten().tolist(), (steps_T == -1).nonzero().flatten().tolist()
+        return [range(start, stop) for start, stop in zip(starts, stops, strict=True) if start > 0]
+
     def check_vocabulary(self, vocabulary: int) -> None:
         """Raise InvalidInput for ids outside it: on a GPU they would end the process."""
         targets_n = self.targets_T[self.targets_T != IGNORED]

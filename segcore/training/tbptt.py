@@ -43,7 +43,7 @@ from segcore.pastkv.manager import PastKVManager
 from segcore.segments import tokens_to_next_cut
 from segcore.state import State
 from segcore.training.activations import checkpointed
-from segcore.training.loss import head_loss_and_grad
+from segcore.training.loss import head_loss_and_grad, head_loss_and_hits
 from segcore.training.past import RecordedPast
 from segcore.training.stream import IGNORED, TrainingStream
 
@@ -64,6 +64,15 @@ class StreamLoss:
     @property
     def mean(self) -> float:
         return self.total / self.tokens if self.tokens else 0.0
+
+
+@dataclass(frozen=True)
+class StreamScore(StreamLoss):
+    """answers: runs of targets behind tokens that aren't. right: those whose every token was the likeliest, which is
+    to say that greedy decoding would have written them."""
+
+    answers: int
+    right: int
 
 
 class _Boundary(NamedTuple):
@@ -134,6 +143,18 @@ class SegmentedTrainer:
             past.truncate(0)
         return StreamLoss(total, stream.valid_tokens)
 
+    @torch.no_grad()
+    def score(self, stream: TrainingStream) -> StreamScore:
+        """The stream's loss and its answers, without gradients. Raises as `loss_and_grad` does."""
+        self._check(stream, max(1, stream.valid_tokens))
+        past = RecordedPast(self._manager, self._runner.policy.layout)
+        try:
+            total, hits_T = _Unrolled(self._runner, stream, past, 0, self.chunk_tokens, 0.0).scored()
+        finally:
+            past.truncate(0)
+        right = sum(bool(hits_T[answer.start : answer.stop].all()) for answer in stream.answers)
+        return StreamScore(total, stream.valid_tokens, len(stream.answers), right)
+
     def _check(self, stream: TrainingStream, valid_tokens: int) -> None:
         stream.check_vocabulary(self.model.spec.vocabulary)
         most = self._runner.policy.max_stream_tokens
@@ -163,6 +184,17 @@ class _Unrolled:
     def total(self) -> float:
         """The summed loss; gradients are added to the parameters' `.grad`."""
         return self._forwards() if self._k == 0 else self._backwards()
+
+    def scored(self) -> tuple[float, Tensor]:
+        """The summed loss, and at which positions the likeliest token is the target; no gradients."""
+        total, state = 0.0, self._runner.begin()
+        hits_T = torch.zeros(len(self._stream.tokens_T), dtype=torch.bool)
+        for first in self._firsts:
+            hidden_TC = self._segment(state)
+            here = slice(first, first + len(hidden_TC))
+            loss, hits_T[here] = head_loss_and_hits(self._runner.model, hidden_TC, self._stream.targets_T[here])
+            total += self._finite(first, loss)
+        return total, hits_T
 
     def _forwards(self) -> float:
         """K = 0: a segment's graph begins with the segment, so one run will do."""
@@ -236,13 +268,16 @@ class _Unrolled:
             return 0.0, []
         targets_T = self._stream.targets_T[first : first + len(hidden_TC)]
         loss, gradient_TC = head_loss_and_grad(self._runner.model, hidden_TC, targets_T, self._weight)
+        return self._finite(first, loss), [(hidden_TC, gradient_TC)]
+
+    def _finite(self, first: int, loss: float) -> float:
         if not math.isfinite(loss):
             raise NonFiniteLoss(
                 f"stream {self._stream.name!r}: the loss of its tokens from {first} on is {loss}",
                 stream=self._stream.name,
                 first=first,
             )
-        return loss, [(hidden_TC, gradient_TC)]
+        return loss
 
 
 def _backward(pulls: Pulls) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig, segment_config
+from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig
 from segcore.errors import ConfigError
-from segcore.heads.report import HeadsReport
-from segcore.presets import DEFAULT_MODEL, cache_directory, segment_preset
+from segcore.presets import DEFAULT_MODEL, cache_directory, model_segment
 
 
 class ServeConfig(BaseModel):
@@ -89,8 +87,4 @@ class ServeConfig(BaseModel):
 
         Raises ConfigError.
         """
-        preset, options = segment_preset(self.model), dict(self.segment)
-        policy = options.pop("policy", preset.policy)
-        inherited = dataclasses.asdict(preset) if policy == preset.policy else {}
-        config = segment_config(policy, **inherited | options)
-        return config if self.heads is None else HeadsReport.read(self.heads).apply(config)
+        return model_segment(self.model, self.segment, heads=self.heads)

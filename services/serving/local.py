@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
 
+from services.local_ray import prepare_ray
 from services.serving.config import ServeConfig
 
 
@@ -21,7 +19,7 @@ def local_service(config: ServeConfig) -> Iterator[str]:
 
     Ports that are 0 are chosen freely. Everything that was started is stopped at the end.
     """
-    _prepare_ray()
+    prepare_ray()
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
@@ -51,17 +49,6 @@ def local_service(config: ServeConfig) -> Iterator[str]:
         serve.delete(APPLICATION)  # lets the engine end its work and clear its disk
         if own_ray:
             ray.shutdown()
-
-
-def _prepare_ray() -> None:
-    """Set what Ray reads when it is imported. No effect on a Ray that the caller has imported already."""
-    if "ray" in sys.modules:
-        return
-    # Said outright, since Ray's own default depends on what lies in the user's home; the token lives as long as we.
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def _with_resources(config: ServeConfig) -> ServeConfig:

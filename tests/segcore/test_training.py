@@ -159,6 +159,25 @@ def passes(monkeypatch) -> list[Pass]:
     return seen
 
 
+@pytest.mark.parametrize("policy", ["segmented", "full", "lagkv"])
+def test_a_score_is_the_loss_and_the_answers_that_greedy_decoding_would_write(gqa, policy):
+    serving, logits = Serving(gqa, MATRIX[policy], LONG, 7), []
+    with torch.inference_mode():
+        while serving.state.length < len(STREAM):
+            logits.append(serving.step())
+    greedy_T = torch.cat([STREAM[:1], torch.cat(logits).argmax(-1)[:-1]])
+    labels_T = torch.full_like(STREAM, IGNORED)
+    for answer in (slice(30, 36), slice(50, 51), slice(80, 84)):
+        labels_T[answer] = greedy_T[answer]
+    labels_T[82] = (labels_T[82] + 1) % VOCABULARY
+    stream = TrainingStream("answers", STREAM, labels_T, MARKS)
+    assert stream.answers == [range(29, 35), range(49, 50), range(79, 83)]
+    score = SegmentedTrainer(gqa, MATRIX[policy], chunk_tokens=7).score(stream)
+    assert (score.tokens, score.answers, score.right) == (11, 3, 2)
+    assert score.total == pytest.approx(trained(gqa, policy, stream, chunk_tokens=7)[0], rel=1e-12)
+    assert SegmentedTrainer(gqa, MATRIX[policy]).score(LONG).answers == 0
+
+
 @pytest.mark.parametrize(("policy", "k"), [*((name, 1) for name in MATRIX), ("segmented", 0), ("segmented", "all")])
 def test_i2_training_computes_what_serving_computes(gqa, passes, policy, k):
     """To the last bit, in both runs: the same passes see the same prefixes."""
