@@ -61,7 +61,7 @@ def load_model(
     Raises NotFound, UnsupportedModel, ConfigError.
     """
     target = _device(device)
-    wanted = _dtype(dtype, target)
+    wanted = choose_dtype(dtype, target)
     return apart(partial(_load, name, wanted, target, trainable))
 
 
@@ -161,7 +161,8 @@ def _device(device: str) -> torch.device:
         raise ConfigError(f"device={device!r} isn't a torch device; use 'auto', 'cpu' or 'cuda'") from error
 
 
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """A dtype by name; "auto": bfloat16 where the device computes in it, else float32. Raises ConfigError."""
     if dtype in DTYPES:
         return DTYPES[dtype]
     if dtype != "auto":

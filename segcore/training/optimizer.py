@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from segcore.errors import NonFiniteLoss
 
@@ -21,7 +22,7 @@ class MasterOptimizer:
 
     make: makes the optimizer of the masters, `partial(torch.optim.AdamW, lr=2e-5)` for example; it is `optimizer` then,
     for schedules. max_norm: gradients are scaled down to this norm, all together; None: as they are. One at a time for
-    a parameter: it takes over its `.grad`.
+    a parameter: it takes over its `.grad`. Parameters may be shards (DTensor), if every worker takes every step.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class MasterOptimizer:
         Raises NonFiniteLoss if it isn't finite; then nothing has moved, and the gradients are still there.
         """
         norm = torch.nn.utils.get_total_norm(self.gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if not norm.isfinite():
             raise NonFiniteLoss(f"the gradient's norm is {norm.item()}; no weight was updated")
         if self._max_norm is not None:

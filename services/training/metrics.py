@@ -1,0 +1,141 @@
+"""What a run tells while it runs: JSON lines and TensorBoard in its folder, lines for whoever follows it, trackers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tensorboardX import SummaryWriter
+
+from services.training.config import TrainConfig
+
+LINES = "metrics.jsonl"
+# Begins the lines of a job's log that are meant for programs; a JSON object follows.
+MARK = "segcore-train "
+# So often, at most, such a line is written about steps.
+TELL_EVERY_S = 0.5
+
+
+class Recorder(Protocol):
+    """Takes numbers by step; steps of a run that goes on are those after the checkpoint."""
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def tell(self, **values: Any) -> None:
+        """Say something to whoever follows the run."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """Of the workers that aren't the first."""
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def tell(self, **values: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class RunRecorder:
+    """Writes to the run's folder, prints, and passes on to the trackers that were asked for."""
+
+    def __init__(self, config: TrainConfig, start: int) -> None:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        self._steps, self._told = config.steps, 0.0
+        path = config.folder / LINES
+        kept = [line for line in read_lines(path) if line["step"] <= start] if start else []
+        self._lines = path.open("w")
+        for line in kept:
+            self._write(line)
+        self._board = SummaryWriter(str(config.folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self._trackers = [_TRACKERS[name](config) for name in config.metrics.trackers]
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._write({"step": step, **metrics})
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(dict(metrics), step)
+        if step == self._steps or "eval_loss" in metrics or time.monotonic() - self._told > TELL_EVERY_S:
+            self.tell(step=step, steps=self._steps, **metrics)
+            self._told = time.monotonic()
+
+    def tell(self, **values: Any) -> None:
+        tell(**values)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+
+
+def tell(**values: Any) -> None:
+    """Print a line that `told` finds again in a log."""
+    print(MARK + json.dumps(values), flush=True)
+
+
+def told(line: str) -> dict[str, Any] | None:
+    """What a line of a log says to programs; Ray puts the worker's name before it."""
+    _, mark, rest = line.partition(MARK)
+    if not mark:
+        return None
+    try:
+        return dict(json.loads(rest.strip().removesuffix("\x1b[0m")))
+    except ValueError:
+        return None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A run's metrics by step, as far as they were written."""
+    return list(_parsed(path.read_text().splitlines())) if path.exists() else []
+
+
+def _parsed(lines: list[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:  # the last, if the worker was killed while it wrote
+            return
+
+
+class _Mlflow:
+    def __init__(self, config: TrainConfig) -> None:
+        self._mlflow = importlib.import_module("mlflow")
+        self._mlflow.set_experiment("segcore")
+        self._mlflow.start_run(run_name=config.name, tags={"segcore.config": config.digest})
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._mlflow.log_metrics(metrics, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class _Wandb:
+    def __init__(self, config: TrainConfig) -> None:
+        self._run = importlib.import_module("wandb").init(
+            project="segcore", name=config.name, config=config.model_dump(mode="json"), resume="allow"
+        )
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_TRACKERS = {"mlflow": _Mlflow, "wandb": _Wandb}

@@ -1,0 +1,259 @@
+"""A worker's run: steps over its share of the streams, evaluation, checkpoints. Knows workers, but no Ray.
+
+Every worker takes every step; what fails on one, and would fail again, ends the run on all of them. At each step
+random state is seeded by the run's seed, the step and the worker's rank: so a run that goes on has the random numbers
+of one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from segcore.config import SegmentConfig
+from segcore.errors import LimitExceeded, NonFiniteLoss, SegcoreError, StorageFull
+from segcore.training.stream import TrainingStream
+from segcore.training.tbptt import SegmentedTrainer
+from segcore.weights import LoadedModel, load_model
+from services.training.checkpoint import (
+    Progress,
+    checkpoint_name,
+    latest,
+    optimizer_tensors,
+    require_room,
+    restore_optimizer,
+    save,
+)
+from services.training.config import OptimizerSection, TrainConfig
+from services.training.data import open_data
+from services.training.estimate import require_memory
+from services.training.metrics import Recorder, RunRecorder, Silent
+from services.training.parallel import Optimizer, Replicated, Sharded, Workers
+from services.training.schedule import rate
+
+Metrics = dict[str, float]
+T = TypeVar("T")
+
+
+class Report(Protocol):
+    """Takes over a checkpoint: a folder that may be moved or deleted then. Every worker calls it, one with a folder."""
+
+    def __call__(self, metrics: Metrics, folder: Path | None, name: str) -> None: ...
+
+
+class Run:
+    """One worker's part of a run, from the newest checkpoint in the run's folder, if there is one.
+
+    Raises SegcoreError, on all workers alike.
+    """
+
+    def __init__(self, config: TrainConfig, workers: Workers, device: torch.device, report: Report) -> None:
+        self.config, self.workers, self._report = config, workers, report
+        start = workers.gather(latest(config.folder))[0]
+        self.model = agreed(workers, partial(_load, config, device, start))
+        self.trainer = self._trainer(config.segment_config())
+        self.named = {name: p for name, p in self.model.lm.model.named_parameters() if p.requires_grad}
+        self.optimizer = _optimizer(config, list(self.named.values()), workers, device)
+        self.data = agreed(workers, lambda: open_data(config.data, self.model.tokenizer))
+        self.data_digest = self.data.digest()
+        self.step, self.metrics = 0, Metrics()
+        if start is not None:
+            self._restore(start, agreed(workers, partial(self._checked, start)))
+        first = workers.rank == 0
+        self.recorder: Recorder = RunRecorder(config, self.step) if first else Silent()
+
+    def train(self) -> Progress:
+        """Take the steps that are left."""
+        with contextlib.closing(self.recorder):
+            if self.step == 0 and self.config.evaluation is not None:
+                self._record(self.evaluate())
+            batches = self.data.batches(self.workers.rank, self.workers.world)
+            while self.step < self.config.steps:
+                self.take_step(next(batches))
+                if self._due(self.config.checkpoints.every):
+                    self._checkpoint()
+        return self.progress()
+
+    def take_step(self, batch: Sequence[TrainingStream]) -> None:
+        """Move the weights by the mean loss of the targets of all workers' streams."""
+        began = time.monotonic()
+        _seed(self.config.seed, self.step, self.workers.rank)
+        mine = sum(stream.valid_tokens for stream in batch)
+        valid, seen = self.workers.sum(mine, sum(len(stream.tokens_T) for stream in batch))
+        for group in self.optimizer.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.learning_rate * rate(
+                self.config.schedule, self.step, self.config.steps
+            )
+        try:
+            loss = agreed(self.workers, lambda: self._losses(batch, max(1, round(valid))))
+            norm = self.optimizer.step()
+        except NonFiniteLoss as error:
+            raise self._kept(batch, error) from error
+        (total,) = self.workers.sum(loss)
+        self.step += 1
+        seconds = time.monotonic() - began
+        self._record(
+            {
+                "loss": total / max(1, valid),
+                "learning_rate": self.optimizer.optimizer.param_groups[0]["lr"],
+                "gradient_norm": norm,
+                "targets": valid,
+                "tokens_per_s": seen / seconds,
+            }
+        )
+
+    def evaluate(self) -> Metrics:
+        """The loss of the evaluation's streams, and the share of their answers that greedy decoding would give."""
+        config = self.config.evaluation
+        assert config is not None
+        loader = agreed(self.workers, lambda: open_data(config.data, self.model.tokenizer))
+        streams = islice(chain.from_iterable(loader.batches(0, 1)), config.streams)
+        mine = list(islice(streams, self.workers.rank, None, self.workers.world))
+        scorer = self._trainer(self.config.evaluation_segment())
+        scores = agreed(self.workers, lambda: [scorer.score(stream) for stream in mine])
+        total, tokens, right, answers = self.workers.sum(
+            sum(score.total for score in scores),
+            sum(score.tokens for score in scores),
+            sum(score.right for score in scores),
+            sum(score.answers for score in scores),
+        )
+        metrics = {"eval_loss": total / max(1, tokens)}
+        return metrics | {"eval_accuracy": right / answers} if answers else metrics
+
+    def progress(self) -> Progress:
+        return Progress(
+            step=self.step,
+            data=self.data.state(),
+            data_digest=self.data_digest,
+            digests=self.config.digests,
+            metrics=self.metrics,
+        )
+
+    def _losses(self, batch: Sequence[TrainingStream], valid: int) -> float:
+        try:
+            return sum(self.trainer.loss_and_grad(stream, valid).total for stream in batch)
+        except torch.OutOfMemoryError as error:
+            raise LimitExceeded(
+                "the device's memory is used up: set checkpoint_layers, or take smaller segments or more workers with"
+                f" parallel: fsdp ({str(error).splitlines()[0]})"
+            ) from error
+
+    def _trainer(self, segment: SegmentConfig) -> SegmentedTrainer:
+        config = self.config
+        return SegmentedTrainer(
+            self.model.lm,
+            segment,
+            k=config.k,
+            chunk_tokens=config.chunk_tokens,
+            checkpoint_layers=config.checkpoint_layers,
+            host_bytes=config.past_bytes,
+        )
+
+    def _checked(self, start: Path) -> Progress:
+        progress = Progress.read(start)
+        progress.check(self.config.digests, self.data_digest)
+        return progress
+
+    def _restore(self, start: Path, progress: Progress) -> None:
+        restore_optimizer(start, self.named, self.optimizer)
+        self.data.restore(progress.data)
+        self.step, self.metrics = progress.step, progress.metrics
+
+    def _record(self, metrics: Metrics) -> None:
+        self.metrics = self.metrics | metrics
+        if self.step % self.config.metrics.every == 0 or self.step == self.config.steps or "eval_loss" in metrics:
+            self.recorder.record(self.step, metrics)
+
+    def _due(self, every: int | None) -> bool:
+        return self.step == self.config.steps or (every is not None and self.step % every == 0)
+
+    def _checkpoint(self) -> None:
+        if self.config.evaluation is not None:
+            self._record(self.evaluate())
+        tensors = optimizer_tensors(self.named, self.optimizer)
+        folder = None
+        if self.workers.rank == 0:
+            folder = Path(tempfile.mkdtemp(prefix="segcore-checkpoint-"))
+            try:
+                save(folder, self.model, self.config.evaluation_segment(), tensors, self.progress())
+                require_room(folder, self.config.folder)
+            except (OSError, SafetensorError, StorageFull) as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder = None
+                self.recorder.tell(warning=f"no checkpoint at step {self.step}; the last one stays: {error}")
+        self._report(self.metrics | {"step": self.step}, folder, checkpoint_name(self.step))
+
+    def _kept(self, batch: Sequence[TrainingStream], error: NonFiniteLoss) -> NonFiniteLoss:
+        """The error, once the step's streams are saved beside the run."""
+        folder = self.config.folder / "nonfinite"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"step-{self.step:07d}-rank-{self.workers.rank}.json"
+        streams = [
+            {"name": s.name, "tokens": s.tokens_T.tolist(), "targets": s.targets_T.tolist(), "marks": s.marks}
+            for s in batch
+        ]
+        file.write_text(json.dumps(streams))
+        return NonFiniteLoss(
+            f"step {self.step}: {error.message}; the step's streams are in {folder}", **error.details
+        )
+
+
+def agreed(workers: Workers, act: Callable[[], T]) -> T:
+    """Do something on every worker. What fails on one in a way that would repeat itself is raised on all."""
+    result: list[T] = []
+    failed: SegcoreError | None = None
+    try:
+        result.append(act())
+    except SegcoreError as error:
+        failed = error
+    for error in workers.gather(failed):
+        if error is not None:
+            raise error
+    return result[0]
+
+
+def _load(config: TrainConfig, device: torch.device, start: Path | None) -> LoadedModel:
+    """The model with the weights of a checkpoint, or its own."""
+    require_memory(config, device)
+    return load_model(
+        str(start) if start is not None else config.model, dtype=config.dtype, device=str(device), trainable=True
+    )
+
+
+def _optimizer(
+    config: TrainConfig, parameters: list[nn.Parameter], workers: Workers, device: torch.device
+) -> Optimizer:
+    make, max_norm = partial(_adamw, config.optimizer), config.optimizer.max_norm
+    if config.workers.parallel == "fsdp" and workers.world > 1:
+        return Sharded(parameters, make, max_norm, workers, device)
+    return Replicated(parameters, make, max_norm, workers)
+
+
+def _adamw(config: OptimizerSection, masters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in masters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in masters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps
+    )
+
+
+def _seed(seed: int, step: int, rank: int) -> None:
+    mixed = int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=4).digest())
+    random.seed(mixed)
+    torch.manual_seed(mixed)
