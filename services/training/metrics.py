@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -85,7 +86,9 @@ class RunRecorder:
 
 def tell(**values: Any) -> None:
     """Print a line that `told` finds again in a log."""
-    print(MARK + json.dumps(values), flush=True)
+    # Not `print`, which Ray Train replaces in its workers by one that writes twice.
+    sys.stdout.write(MARK + json.dumps(values) + "\n")
+    sys.stdout.flush()
 
 
 def told(line: str) -> dict[str, Any] | None:

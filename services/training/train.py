@@ -1,0 +1,195 @@
+"""A run on Ray Train: what a job executes. `python -m services.training.train CONFIG.json [--resume] [--local]`.
+
+What it prints for programs begins with `metrics.MARK`; the last such line has the run's end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from segcore.errors import AlreadyExists, NotFound, SegcoreError
+from services.local_ray import prepare_ray
+from services.training.checkpoint import export, latest, publish
+from services.training.config import TrainConfig
+from services.training.metrics import tell
+
+# Where Ray keeps its list of a run's checkpoints.
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+Outcome = dict[str, Any]
+
+
+def train_worker(settings: dict[str, Any]) -> Outcome:
+    """What each of Ray's workers runs; the first one's result is the run's."""
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from services.training.parallel import Workers
+    from services.training.worker import Run
+
+    config = TrainConfig.model_validate(settings)
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    torch.set_num_threads(config.workers.threads or max(1, int(config.workers.cpus)))
+    try:
+        run = Run(config, Workers(), ray.train.torch.get_device(), _Reporter(config))
+        return {"step": run.train().step, "metrics": run.metrics}
+    except SegcoreError as error:
+        # It would fail again: the run ends, where an exception would make Ray go on from the last checkpoint.
+        return {"error": error}
+
+
+class _Reporter:
+    """Hands checkpoints to Ray, which takes them to the run's folder in a thread of its own, one after the other."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._folder, self._idle = config.folder, threading.Event()
+        self._idle.set()
+
+    def __call__(self, metrics: dict[str, float], folder: Path | None, name: str) -> None:
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        self._idle.wait()  # so that no more than one waits on this node's disk
+        if folder is not None:
+            self._idle.clear()
+        ray.train.report(
+            metrics,
+            checkpoint=None if folder is None else Checkpoint.from_directory(folder),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=self._upload,
+        )
+
+    def _upload(self, checkpoint: Any, name: str) -> Any:
+        from ray.train import Checkpoint
+
+        try:
+            publish(Path(checkpoint.path), self._folder / name)
+        finally:
+            self._idle.set()
+        return Checkpoint.from_directory(self._folder / name)
+
+
+def fit(config: TrainConfig, *, loop: Callable[[dict[str, Any]], Outcome] = train_worker) -> Outcome:
+    """Run to the end on the Ray that is connected; goes on from the newest checkpoint in the run's folder.
+
+    The best checkpoint, or the last one if there is no evaluation, is exported. Returns the last step and metrics.
+    Raises SegcoreError, and Ray's TrainingFailedError once workers have failed too often.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    forget_damaged_list(config.folder)
+    workers, scored = config.workers, config.evaluation is not None
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=config.model_dump(mode="json"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+        ),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.gpus else "gloo"),
+        run_config=RunConfig(
+            name=config.name,
+            storage_path=str(config.storage),
+            failure_config=FailureConfig(max_failures=workers.failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=config.checkpoints.keep,
+                checkpoint_score_attribute="eval_loss" if scored else None,
+                checkpoint_score_order="min",
+            ),
+        ),
+    )
+    result = trainer.fit()
+    outcome: Outcome = result.return_value
+    if "error" in outcome:
+        raise outcome["error"]
+    checkpoint = result.get_best_checkpoint("eval_loss", "min") if scored else None
+    best = Path(checkpoint.path) if checkpoint is not None else latest(config.folder)
+    if best is not None:
+        target = config.folder / "export"
+        shutil.rmtree(target, ignore_errors=True)
+        export(best, target)
+        outcome |= {"checkpoint": best.name, "export": str(target)}
+    return outcome
+
+
+def forget_damaged_list(run: Path) -> None:
+    """Put Ray's list of a run's checkpoints aside if a full disk cut it short, or checkpoints were deleted by hand.
+
+    Ray would refuse the run; without the list it goes on, from the newest checkpoint that is there.
+    """
+    file = run / SNAPSHOT
+    if not file.exists():
+        return
+    try:
+        listed = json.loads(file.read_text())["checkpoint_results"]
+        intact = all((run / result["checkpoint_dir_name"]).is_dir() for result in listed)
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        file.rename(file.with_suffix(".damaged"))
+
+
+def check_start(config: TrainConfig, *, resume: bool) -> None:
+    """Raise AlreadyExists if a new run's folder has checkpoints, NotFound if there is nothing to resume."""
+    there = latest(config.folder)
+    if resume and there is None:
+        raise NotFound(f"{config.folder} has no checkpoint to go on from; start the run without `resume`")
+    if not resume and there is not None:
+        raise AlreadyExists(f"{config.folder} stands at {there.name}: resume the run, or give it another name")
+
+
+def main() -> int:
+    """Returns the exit status: 0, or 1 for a run that failed."""
+    parser = argparse.ArgumentParser(prog="python -m services.training.train")
+    parser.add_argument("config", type=Path, metavar="JSON")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--local", action="store_true", help="on a Ray of its own")
+    options = parser.parse_args()
+    config = TrainConfig.model_validate_json(options.config.read_text())
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    try:
+        check_start(config, resume=options.resume)
+        _connect(config, local=options.local)
+        tell(done=True, **fit(config))
+    except SegcoreError as error:
+        tell(error=error.message)
+        return 1
+    except Exception as error:  # Ray's own, of a run whose workers failed too often
+        tell(error=f"{type(error).__name__}: {error}")
+        raise
+    return 0
+
+
+def _connect(config: TrainConfig, *, local: bool) -> None:
+    if not local:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    prepare_ray()
+    import psutil
+    import ray
+
+    if not local:
+        ray.init(logging_level="WARNING")
+        return
+    cores = psutil.cpu_count() or 1
+    ray.init(
+        address="local",
+        num_cpus=max(cores, round(config.workers.most * config.workers.cpus)),
+        include_dashboard=False,
+        object_store_memory=150_000_000,
+        logging_level="WARNING",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
