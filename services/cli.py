@@ -88,6 +88,21 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--tokens", type=_positive, default=1_000_000, metavar="N", help="of each session")
     memory.add_argument("--no-check", action="store_true", help="formulas alone: nothing is run or measured")
     memory.set_defaults(run=_memory)
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model on a Ray cluster, or here",
+        description=(
+            "segcore train CONFIG.yaml starts a run; resume CONFIG.yaml|JOB goes on with it; follow JOB, stop JOB and"
+            " list see to jobs; export CHECKPOINT FOLDER copies what runs. JOB is a job's name or its run's."
+        ),
+    )
+    train.add_argument("words", metavar="CONFIG.yaml | resume | follow | stop | list | export", nargs="+")
+    where = train.add_mutually_exclusive_group()
+    where.add_argument("--address", help="a Ray cluster, http://... or ray://...; default: $RAY_ADDRESS, this machine")
+    where.add_argument("--local", action="store_true", help="on this machine, on a Ray of its own, until it ends")
+    train.add_argument("--detach", action="store_true", help="submit, and don't follow")
+    train.set_defaults(run=_train)
     return parser
 
 
@@ -155,6 +170,12 @@ def _memory(options: argparse.Namespace) -> int:
 
     wanted = {"sessions": options.sessions, "tokens": options.tokens, "check": not options.no_check}
     return memory(options.model, options.dtype, options.segment, **wanted)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from services.training.commands import train
+
+    return train(options.words, address=options.address, local=options.local, detach=options.detach)
 
 
 def _config(options: argparse.Namespace, **given: int | None) -> ServeConfig:

@@ -136,7 +136,7 @@ def optimizer_tensors(named: Mapping[str, nn.Parameter], optimizer: Optimizer) -
 
     With shards, every worker calls this.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for (name, parameter), master in zip(named.items(), optimizer.masters, strict=True):
         state = dict(optimizer.optimizer.state.get(master, {}))
         if master.dtype != parameter.dtype:

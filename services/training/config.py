@@ -1,4 +1,4 @@
-"""What a training run is made of. Read from a YAML file whose faults are told with their lines; see docs/training.md."""
+"""What a training run is made of. Read from a YAML file, whose faults are told with lines; see docs/training.md."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from services.config_file import read_config
 from services.training.data import DataConfig
 
 # What doesn't change the curve, and may differ when a run is resumed.
-FREE = ("workers", "checkpoints", "evaluation", "metrics", "storage", "device_bytes")
+FREE = ("name", "workers", "checkpoints", "evaluation", "metrics", "storage", "device_bytes")
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
     """Relative paths are relative to the file that names them."""
-    return (info.context or {}).get("folder", Path.cwd()) / path.expanduser()
+    folder: Path = (info.context or {}).get("folder", Path.cwd())
+    return folder / path.expanduser()
 
 
 Where = Annotated[Path, AfterValidator(_beside_the_file)]

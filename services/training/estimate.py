@@ -41,7 +41,7 @@ def estimate(config: TrainConfig, shape: Any, dtype: torch.dtype, device: torch.
     """Bytes by part. shape: the model's configuration, as transformers has it."""
     segment = config.segment_config()
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(shape).num_parameters()
+        parameters = int(AutoModelForCausalLM.from_config(shape).num_parameters())
     b, w = dtype.itemsize, max(4, dtype.itemsize)
     shards = config.workers.least if config.workers.parallel == "fsdp" else 1
     own_masters = b < w or shards > 1
@@ -107,7 +107,7 @@ def _head_dim(shape: Any) -> int:
 
 
 def _free(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def _gib(size: float) -> str:

@@ -6,7 +6,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,6 +115,14 @@ def _parsed(lines: list[str]) -> Iterator[dict[str, Any]]:
             return
 
 
+class Tracker(Protocol):
+    """Takes numbers by step, too."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class _Mlflow:
     def __init__(self, config: TrainConfig) -> None:
         self._mlflow = importlib.import_module("mlflow")
@@ -141,4 +149,4 @@ class _Wandb:
         self._run.finish()
 
 
-_TRACKERS = {"mlflow": _Mlflow, "wandb": _Wandb}
+_TRACKERS: dict[str, Callable[[TrainConfig], Tracker]] = {"mlflow": _Mlflow, "wandb": _Wandb}

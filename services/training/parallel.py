@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from segcore.training.optimizer import MasterOptimizer
 
@@ -115,7 +116,7 @@ class Sharded:
 
 def whole(value: Tensor) -> Tensor:
     """A tensor, or all shards of it together; then every worker calls this."""
-    return value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+    return value.full_tensor().detach() if isinstance(value, DTensor) else value.detach()
 
 
 def like(value: Tensor, model: Tensor) -> Tensor:

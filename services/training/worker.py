@@ -73,11 +73,12 @@ class Run:
         self.step, self.metrics = 0, Metrics()
         if start is not None:
             self._restore(start, agreed(workers, partial(self._checked, start)))
-        first = workers.rank == 0
-        self.recorder: Recorder = RunRecorder(config, self.step) if first else Silent()
+        self.recorder: Recorder = Silent()
 
     def train(self) -> Progress:
         """Take the steps that are left."""
+        if self.workers.rank == 0:
+            self.recorder = RunRecorder(self.config, self.step)
         with contextlib.closing(self.recorder):
             if self.step == 0 and self.config.evaluation is not None:
                 self._record(self.evaluate())
@@ -95,9 +96,7 @@ class Run:
         mine = sum(stream.valid_tokens for stream in batch)
         valid, seen = self.workers.sum(mine, sum(len(stream.tokens_T) for stream in batch))
         for group in self.optimizer.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.learning_rate * rate(
-                self.config.schedule, self.step, self.config.steps
-            )
+            group["lr"] = self.config.optimizer.learning_rate * rate(self.config.schedule, self.step, self.config.steps)
         try:
             loss = agreed(self.workers, lambda: self._losses(batch, max(1, round(valid))))
             norm = self.optimizer.step()
@@ -207,9 +206,7 @@ class Run:
             for s in batch
         ]
         file.write_text(json.dumps(streams))
-        return NonFiniteLoss(
-            f"step {self.step}: {error.message}; the step's streams are in {folder}", **error.details
-        )
+        return NonFiniteLoss(f"step {self.step}: {error.message}; the step's streams are in {folder}", **error.details)
 
 
 def agreed(workers: Workers, act: Callable[[], T]) -> T:
@@ -220,9 +217,9 @@ def agreed(workers: Workers, act: Callable[[], T]) -> T:
         result.append(act())
     except SegcoreError as error:
         failed = error
-    for error in workers.gather(failed):
-        if error is not None:
-            raise error
+    for raised in workers.gather(failed):
+        if raised is not None:
+            raise raised
     return result[0]
 
 

@@ -25,7 +25,8 @@ SEGMENT = {
     "query_window_tokens": 8,
     "selectors": [[0, 1], [1, 0]],
 }
-WORDS = "the quick brown fox jumps over a lazy dog while rain in the river runs into town and out of it again".split()
+TEXT = "the quick brown fox jumps over a lazy dog while rain in the river runs into town and out of it again"
+WORDS = TEXT.split(" ")
 
 
 def texts(count: int) -> list[str]:
@@ -47,7 +48,7 @@ Values = Callable[..., dict[str, Any]]
 def values(model_directory: Path, text_file: Path) -> Values:
     """A valid configuration as a mapping, with some keys changed."""
 
-    def make(storage: Path, **changes: Any) -> dict[str, Any]:
+    def make(storage: Path, /, **changes: Any) -> dict[str, Any]:
         data = {"files": [str(text_file)], "streams_per_step": 4}
         return {
             "name": "run",

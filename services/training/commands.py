@@ -1,0 +1,57 @@
+"""What `segcore train` does with its words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from segcore.errors import InvalidInput
+from services.training.checkpoint import Progress, export
+from services.training.config import TrainConfig
+from services.training.jobs import Jobs, run_locally
+
+ARGUMENTS = {"resume": 1, "follow": 1, "stop": 1, "list": 0, "export": 2}
+
+
+def train(words: Sequence[str], *, address: str | None, local: bool, detach: bool) -> int:
+    """Returns the exit status. Raises SegcoreError, OSError."""
+    act, *rest = words if words[0] in ARGUMENTS else ("start", *words)
+    if len(rest) != ARGUMENTS.get(act, 1):
+        raise InvalidInput(f"`segcore train {' '.join(words)}`: see `segcore train --help`")
+    console = Console()
+    if act == "export":
+        checkpoint, target = map(Path, rest)
+        Progress.read(checkpoint)
+        export(checkpoint, target)
+        return 0
+    if local:
+        if act not in ("start", "resume"):
+            raise InvalidInput(f"--local runs have no jobs to {act}: they end with the command")
+        return run_locally(TrainConfig.read(Path(rest[0])), console, resume=act == "resume")
+    jobs: Jobs
+    match act:
+        case "list":
+            console.print(Jobs(address).table())
+        case "stop":
+            console.print(f"stopped {Jobs(address).stop(rest[0])}; resume it with `segcore train resume`")
+        case "follow":
+            return _followed(Jobs(address), rest[0], console, address)
+        case _:
+            file = Path(rest[0])
+            config = TrainConfig.read(file) if act == "start" or file.suffix in (".yaml", ".yml") else None
+            jobs = Jobs(address)
+            job = jobs.submit(config or jobs.config(rest[0]), resume=act == "resume")
+            console.print(f"submitted {job}", highlight=False)
+            return 0 if detach else _followed(jobs, job, console, address)
+    return 0
+
+
+def _followed(jobs: Jobs, job: str, console: Console, address: str | None) -> int:
+    try:
+        return jobs.follow(job, console)
+    except KeyboardInterrupt:
+        there = f" --address {address}" if address else ""
+        console.print(f"the run goes on; see it with `segcore train follow {job}{there}`, end it with `stop`")
+        return 130

@@ -1,0 +1,218 @@
+"""A worker alone: what it resumes, refuses, keeps and exports."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from segcore.config import segment_config
+from segcore.errors import ConfigError, NonFiniteLoss
+from segcore.training.stream import TrainingStream
+from segcore.weights import load_model
+from services.training import checkpoint, worker
+from services.training.checkpoint import TENSORS, export, latest, publish
+from services.training.config import ScheduleSection, TrainConfig
+from services.training.estimate import _shape, estimate
+from services.training.metrics import LINES, read_lines, told
+from services.training.schedule import rate
+from services.training.worker import Run
+from tests.services.training.conftest import Alone, texts
+
+
+@pytest.fixture
+def config(values, tmp_path):
+    def make(name="run", **changes):
+        return TrainConfig.model_validate(values(tmp_path / "runs", name=name, **changes))
+
+    return make
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted(config, step, monkeypatch):
+    """Runs until so many steps are taken, as if the process were killed then."""
+    take_step = Run.take_step
+
+    def dying(self, batch):
+        if self.step == step:
+            raise Interrupted
+        take_step(self, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(Run, "take_step", dying)
+        Alone(config).run.train()
+
+
+def curve(config):
+    """What was recorded, without what takes another time each time."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in read_lines(config.folder / LINES)]
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors") | load_file(folder / TENSORS)
+
+
+def assert_same_bits(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_resumed_run_is_an_unbroken_one_to_the_last_bit(config, dtype, monkeypatch):
+    unbroken, broken = config("unbroken", dtype=dtype), config("broken", dtype=dtype)
+    Alone(unbroken).run.train()
+    interrupted(broken, 5, monkeypatch)  # one step behind its checkpoint
+    assert latest(broken.folder).name == "checkpoint-0000004"
+    resumed = Alone(broken)
+    assert resumed.run.step == 4
+    assert resumed.run.train().step == 6
+    assert curve(broken) == curve(unbroken)
+    assert_same_bits(tensors(latest(broken.folder)), tensors(latest(unbroken.folder)))
+    losses = [line["loss"] for line in curve(unbroken) if "loss" in line]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 1
+
+
+def test_masters_are_kept_where_weights_are_narrow(config):
+    Alone(config(dtype="bfloat16", steps=1)).run.train()
+    saved = load_file(latest(config().folder) / TENSORS)
+    assert saved["lm_head.weight/master"].dtype == torch.float32
+    wide = config("wide", steps=1)
+    Alone(wide).run.train()
+    assert not [name for name in load_file(latest(wide.folder) / TENSORS) if name.endswith("/master")]
+
+
+def test_another_configuration_or_data_set_is_not_gone_on_with(config, monkeypatch, text_file, tmp_path):
+    interrupted(config(), 3, monkeypatch)
+    with pytest.raises(ConfigError, match="step 2 with another optimizer, seed;"):
+        Alone(config(seed=3, optimizer={"learning_rate": 0.02}))
+    mine = tmp_path / "texts.txt"
+    shutil.copy(text_file, mine)
+    data = {"files": [str(mine)], "streams_per_step": 4}
+    interrupted(config("mine", data=data), 3, monkeypatch)
+    mine.write_text("\n".join([*texts(11), "changed"]))
+    with pytest.raises(ConfigError, match="data set has changed since step 2"):
+        Alone(config("mine", data=data))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_its_streams(config, monkeypatch):
+    alone = Alone(config())
+    take_step = Run.take_step
+
+    def poisoned(self, batch):
+        if self.step == 3:
+            self.model.lm.model.lm_head.weight.data[7] = torch.nan
+        take_step(self, batch)
+
+    monkeypatch.setattr(Run, "take_step", poisoned)
+    with pytest.raises(NonFiniteLoss, match="step 3: stream") as raised:
+        alone.run.train()
+    (file,) = (config().folder / "nonfinite").iterdir()
+    saved = json.loads(file.read_text())
+    assert raised.value.details["stream"] in [stream["name"] for stream in saved]
+    assert len(saved) == 4
+    assert all(len(stream["tokens"]) == len(stream["targets"]) for stream in saved)
+    assert latest(config().folder).name == "checkpoint-0000002"
+
+
+def test_a_full_disk_costs_a_checkpoint_and_neither_the_last_one_nor_the_run(config, monkeypatch, capsys):
+    usage, full = namedtuple("usage", "free"), 3 * 2**20
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(full if alone.run.step == 4 else 2**40))
+    alone = Alone(config())
+    assert alone.run.train().step == 6
+    assert sorted(p.name for p in config().folder.glob("checkpoint*")) == ["checkpoint-0000002", "checkpoint-0000006"]
+    assert len(alone.reported) == 3
+    said = [told(line) for line in capsys.readouterr().out.splitlines()]
+    assert any("no checkpoint at step 4; the last one stays" in line.get("warning", "") for line in said if line)
+
+
+def test_what_cannot_be_copied_whole_does_not_appear(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "run" / "checkpoint-0000002"
+    source.mkdir()
+    (source / "a").write_text("one")
+    target.parent.mkdir()
+
+    def half(source, target):
+        target.mkdir()
+        (target / "a").write_text("o")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(checkpoint.shutil, "copytree", half)
+        publish(source, target)
+    assert list(target.parent.iterdir()) == []
+    assert latest(target.parent) is None
+    publish(source, target)
+    (source / "a").write_text("two")
+    publish(source, target)
+    assert (latest(target.parent) / "a").read_text() == "two"
+
+
+def test_an_export_is_what_plain_transformers_loads(config, tmp_path):
+    alone = Alone(config(steps=2))
+    alone.run.train()
+    export(latest(config().folder), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("training.*"))
+    with pytest.raises(ConfigError, match="is there already"):
+        export(latest(config().folder), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    assert model.config._attn_implementation != "segcore"
+    trained = dict(alone.run.model.lm.model.named_parameters())
+    assert all(torch.equal(value, trained[name]) for name, value in model.named_parameters())
+    tokens = torch.tensor([tokenizer.encode(texts(4)[0])])
+    plain = model(tokens, labels=tokens).loss.item()  # shorter than a segment: full attention
+    ours = alone.run.trainer.score(TrainingStream("text", tokens[0]))
+    assert ours.mean == pytest.approx(plain, rel=1e-5)  # transformers rotates in fp32
+    policy = json.loads((tmp_path / "out" / "segcore.json").read_text())
+    assert segment_config(policy.pop("policy"), **policy) == config().segment_config()
+    load_model(str(tmp_path / "out"), dtype="float64", device="cpu")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_weights_are_loaded(config, monkeypatch):
+    monkeypatch.setattr(worker, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match=r"about 0\.00 GiB of its device, which has 0\.00 GiB: weights .*, optimizer"):
+        Alone(config(device_bytes=100_000))
+
+
+@pytest.mark.parametrize("checkpoint_layers", [True, False])
+def test_the_estimate_of_what_graphs_hold_is_near_what_they_hold(config, checkpoint_layers):
+    from tests.segcore.test_training import Saved
+
+    alone = Alone(config(dtype="float32", checkpoint_layers=checkpoint_layers, k=0))
+    stream = TrainingStream("long", torch.arange(128) % 250)
+    with Saved() as saved:
+        alone.run.trainer.loss_and_grad(stream, 127)
+    shape = _shape(alone.run.config.model)
+    parts = estimate(alone.run.config, shape, torch.float32, torch.device("cpu"))
+    # Weights are held by graphs, too, and aren't theirs.
+    assert saved.peak < parts["activations"] + parts["state"] + parts["logits"] + 2 * parts["weights"]
+    assert parts["activations"] + parts["state"] < 4 * saved.peak
+
+
+def test_rates_rise_and_fall():
+    cosine = ScheduleSection(kind="cosine", warmup_steps=2, final=0.1)
+    rates = [rate(cosine, step, 7) for step in range(7)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates == [*rates[:2], *sorted(rates[2:], reverse=True)]
+    assert rates[-1] == pytest.approx(0.1)
+    linear = ScheduleSection(kind="linear", final=0)
+    assert [rate(linear, step, 5) for step in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+    assert rate(ScheduleSection(kind="constant"), 3, 5) == 1
+
+
+def test_tensorboard_has_the_curve(config):
+    Alone(config(steps=2)).run.train()
+    assert [p for p in Path(config().folder / "tensorboard").iterdir() if p.stat().st_size > 100]
