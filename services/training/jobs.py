@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from segcore.errors import NotFound, Unavailable
-from services.local_ray import prepare_ray
 from services.training.config import TrainConfig
 from services.training.follow import follow
 from services.training.train import check_start
@@ -33,6 +32,8 @@ CONFIG = "config.json"
 MODULE = "services.training.train"
 # A job's log may break off while the job goes on; then it is asked for again.
 RETRY_S = 1.0
+# So long a cluster that has just started may have nobody yet who runs jobs.
+PATIENCE_S = 60.0
 
 
 def run_locally(config: TrainConfig, console: Console, *, resume: bool = False) -> int:
@@ -54,7 +55,7 @@ class Jobs:
     variables, else this machine. Raises Unavailable where nobody answers."""
 
     def __init__(self, address: str | None) -> None:
-        prepare_ray() if address is None else os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         from ray.job_submission import JobSubmissionClient
 
         try:
@@ -69,13 +70,23 @@ class Jobs:
     def submit(self, config: TrainConfig, *, resume: bool = False) -> str:
         """Start a run; returns the job's name."""
         with _written(config) as file:
-            job: str = self._client.submit_job(
+            return self._patiently(
                 entrypoint=f"python -m {MODULE} {CONFIG}{' --resume' if resume else ''}",
                 submission_id=f"{config.name}-{datetime.now():%Y%m%d-%H%M%S-%f}",
                 metadata={"segcore": "train", "run": config.name, "config": config.model_dump_json()},
                 runtime_env={"working_dir": str(file.parent)},
             )
-        return job
+
+    def _patiently(self, **job: Any) -> str:
+        """Submit, again and again while the cluster is starting."""
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return str(self._client.submit_job(**job))
+            except RuntimeError as error:
+                if "try again later" not in str(error) or time.monotonic() > until:
+                    raise Unavailable(f"the cluster doesn't take the job: {error}") from error
+            time.sleep(RETRY_S)
 
     def follow(self, job: str, console: Console) -> int:
         """Show a job until it ends; 0 if it did its work."""
@@ -141,6 +152,8 @@ class Jobs:
         except StopAsyncIteration:
             if rest:
                 yield rest
+        except (OSError, RuntimeError):
+            pass  # the connection broke off
         finally:
             loop.run_until_complete(chunks.aclose())
 

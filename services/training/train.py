@@ -172,9 +172,8 @@ def main() -> int:
 
 
 def _connect(config: TrainConfig, *, local: bool) -> None:
-    if not local:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    prepare_ray()
+    if local:
+        prepare_ray()
     import psutil
     import ray
 

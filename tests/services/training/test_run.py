@@ -48,9 +48,10 @@ def interrupted(config, step, monkeypatch):
             raise Interrupted
         take_step(self, batch)
 
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+    with monkeypatch.context() as patched:
         patched.setattr(Run, "take_step", dying)
-        Alone(config).run.train()
+        with pytest.raises(Interrupted):
+            Alone(config).run.train()
 
 
 def curve(config):
@@ -149,9 +150,10 @@ def test_what_cannot_be_copied_whole_does_not_appear(tmp_path, monkeypatch):
         (target / "a").write_text("o")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patched:
         patched.setattr(checkpoint.shutil, "copytree", half)
-        publish(source, target)
+        with pytest.raises(OSError, match="No space"):
+            publish(source, target)
     assert list(target.parent.iterdir()) == []
     assert latest(target.parent) is None
     publish(source, target)
