@@ -60,14 +60,14 @@ def address() -> Iterator[str]:
     ]
     head = [
         *ray, "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
-        f"--ray-client-server-port={free_port()}",
+        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
     ]  # fmt: skip
     nodes = []
     with open(folder / "nodes.log", "w") as log:
         try:
             nodes.append(subprocess.Popen(head, env=environment, stdout=log, stderr=subprocess.STDOUT))
             wait_for(lambda: "Ray runtime started" in (folder / "nodes.log").read_text())
-            node = [*ray, f"--address=127.0.0.1:{port}"]
+            node = [*ray, f"--address=127.0.0.1:{port}", f"--dashboard-agent-listen-port={free_port()}"]
             nodes.append(subprocess.Popen(node, env=environment, stdout=log, stderr=subprocess.STDOUT))
             wait_for(lambda: (folder / "nodes.log").read_text().count("Ray runtime started") == 2)
             yield f"http://127.0.0.1:{dashboard}"
