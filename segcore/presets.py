@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from segcore.config import Cell, SegmentConfig, SegmentedConfig, segment_config
 from segcore.errors import ConfigError
 from segcore.heads.report import HeadsReport
 
+# Beside trained weights: the policy they were trained with.
+CARD = "segcore.json"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 # Models whose cells were searched with `segcore heads`; for others it takes some minutes.
@@ -25,12 +28,14 @@ LONG_LAYERS = (6, 8, 11, 16)
 
 
 def segment_preset(model: str, name: str = "default") -> SegmentConfig:
-    """The settings of a model: "default", the measured ones, or the plain defaults where none were measured; "paper",
-    the published ones of Llama-2-7B and its fine-tunings.
+    """The settings of a model: "default", those it was trained with, if its directory says so, or measured for it, or
+    else plain defaults; "paper", the published ones of Llama-2-7B and its fine-tunings.
 
     Raises ConfigError for another name, and for "paper" with a model whose name isn't one of Llama-2-7B.
     """
     if name == "default":
+        if (Path(model) / CARD).is_file():
+            return read_card(Path(model) / CARD)
         plain = SegmentedConfig()
         return HeadsReport.read(SHIPPED_HEADS[model]).apply(plain) if model in SHIPPED_HEADS else plain
     if name != "paper":
@@ -41,18 +46,42 @@ def segment_preset(model: str, name: str = "default") -> SegmentConfig:
 
 
 def model_segment(
-    model: str, options: Mapping[str, Any], *, preset: str = "default", heads: Path | None = None
+    model: str,
+    options: Mapping[str, Any],
+    *,
+    preset: str = "default",
+    trained: SegmentConfig | None = None,
+    heads: Path | None = None,
 ) -> SegmentConfig:
-    """A model's preset with some options changed, or another policy's defaults with them.
+    """A preset with some options changed, or a policy's defaults with them.
 
-    options: "policy", and what differs from the preset or from the policy's defaults. heads: a file of `segcore heads`,
-    whose cells take the place of the preset's. Raises ConfigError.
+    options: "policy", and what differs from the preset or from the policy's defaults. trained: what the model's adapter
+    was trained with; it comes before the model's preset. heads: a file of `segcore heads`, whose cells take the place
+    of the preset's. Raises ConfigError.
     """
-    chosen, changed = segment_preset(model, preset), dict(options)
-    policy = changed.pop("policy", chosen.policy)
-    inherited = dataclasses.asdict(chosen) if policy == chosen.policy else {}
+    presets = [*([] if trained is None else [trained]), segment_preset(model, preset)]
+    changed = dict(options)
+    policy = changed.pop("policy", presets[0].policy)
+    inherited = next((dataclasses.asdict(known) for known in presets if known.policy == policy), {})
     config = segment_config(policy, **inherited | changed)
     return config if heads is None else HeadsReport.read(heads).apply(config)
+
+
+def write_card(folder: Path, segment: SegmentConfig) -> None:
+    """Say beside a model's weights under which policy they were trained: its preset from now on."""
+    options = {"policy": segment.policy, **dataclasses.asdict(segment)}
+    (folder / CARD).write_text(json.dumps({"version": 1, "segment": options}, indent=1) + "\n")
+
+
+def read_card(file: Path) -> SegmentConfig:
+    """The policy in such a file. Raises ConfigError."""
+    try:
+        options = dict(json.loads(file.read_text())["segment"])
+        return segment_config(options.pop("policy"), **options)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error.message}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} doesn't say under which policy a model was trained: {error!r}") from error
 
 
 def paper_preset() -> SegmentedConfig:
