@@ -16,7 +16,7 @@ import segcore
 from benchmarks.record import records, write
 from segcore.config import Cell
 from segcore.heads.detect import Sighting, look, recall, reciprocal_ranks
-from segcore.heads.haystack import Haystack
+from segcore.tasks.haystack import Haystack
 from segcore.heads.probes import ADJECTIVES, NAMES, NOUNS, PLACES, ProbeConfig, ProbeMaker, Template
 
 COMMAND = "-m benchmarks.selector_ranking"
