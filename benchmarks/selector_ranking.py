@@ -16,8 +16,8 @@ import segcore
 from benchmarks.record import records, write
 from segcore.config import Cell
 from segcore.heads.detect import Sighting, look, recall, reciprocal_ranks
-from segcore.heads.haystack import Haystack
 from segcore.heads.probes import ADJECTIVES, NAMES, NOUNS, PLACES, ProbeConfig, ProbeMaker, Template
+from segcore.tasks.haystack import Haystack
 
 COMMAND = "-m benchmarks.selector_ranking"
 SEGMENT = segcore.segment_preset(segcore.DEFAULT_MODEL)

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from segcore.adapter import CARD
 from segcore.config import Cell, SegmentConfig, SegmentedConfig, segment_config
 from segcore.errors import ConfigError
 from segcore.heads.report import HeadsReport
 
-# Beside trained weights: the policy they were trained with.
-CARD = "segcore.json"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 # Models whose cells were searched with `segcore heads`; for others it takes some minutes.

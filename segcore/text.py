@@ -8,10 +8,11 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,18 @@ PIECE_CHARS = 4096
 _WORD_GAP = re.compile(r"(?<=[^\W_])(?= [^\W_])")
 
 
+class Tokens(NamedTuple):
+    """Tokens of a text, and the characters [start, end) of each, ascending."""
+
+    tokens: list[int]
+    starts: list[int]
+    ends: list[int]
+
+    def within(self, start: int, end: int) -> tuple[int, int]:
+        """The tokens [first, stop) that hold any of the characters [start, end)."""
+        return bisect_right(self.ends, start), bisect_left(self.starts, end)
+
+
 class TextTokenizer:
     """A transformers tokenizer for text that may hold anything: special tokens are never read out of a document."""
 
@@ -35,6 +48,7 @@ class TextTokenizer:
             )
         self.tokenizer = tokenizer
         self._continuation = _without_word_mark(tokenizer.backend_tokenizer)
+        self._opening = _plain(json.loads(tokenizer.backend_tokenizer.to_str()))
 
     @property
     def digest(self) -> str:
@@ -43,12 +57,25 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text; nothing is added, and the names of special tokens are ordinary text."""
-        tokens = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        return cast(list[int], tokens)
+        return self._opening.encode(text, add_special_tokens=False).ids
 
     def encode_continuation(self, text: str) -> list[int]:
         """Tokens of a text that continues another one."""
         return self._continuation.encode(text, add_special_tokens=False).ids
+
+    def encode_pieces(self, text: str) -> Tokens:
+        """Tokens of a whole document, as `DocumentEncoder` makes them of its bytes, and the characters of each."""
+        tokens, starts, ends = [], [], []
+        first = 0
+        while first < len(text):
+            stop = _piece_end(text, first) or len(text)
+            backend = self._continuation if first else self._opening
+            made = backend.encode(text[first:stop], add_special_tokens=False)
+            tokens += made.ids
+            starts += [first + start for start, _ in made.offsets]
+            ends += [first + end for _, end in made.offsets]
+            first = stop
+        return Tokens(tokens, starts, ends)
 
     def encode_template(self, text: str) -> list[int]:
         """Tokens of a chat template's own text: special tokens count as such."""
@@ -74,9 +101,25 @@ def _without_word_mark(backend: Tokenizer) -> Tokenizer:
     for name in ("normalizer", "pre_tokenizer"):
         part = parts[name]
         parts[name] = None if part is not None and part["type"] == "Prepend" else middle(part)
-    twin = Tokenizer.from_str(json.dumps(parts))
-    twin.encode_special_tokens = True
-    return twin
+    return _plain(parts)
+
+
+def _plain(parts: dict[str, Any]) -> Tokenizer:
+    """A tokenizer of these parts that takes all of a text, and takes it for text."""
+    made = Tokenizer.from_str(json.dumps(parts))
+    made.encode_special_tokens = True
+    made.no_truncation()
+    made.no_padding()
+    return made
+
+
+def _piece_end(text: str, start: int) -> int | None:
+    """Where the piece that begins at `start` ends; None if more text might follow in it."""
+    # The gap's right neighbour is looked at too, hence one character more than a piece's longest extent.
+    if len(text) - start < PIECE_CHARS + 2:
+        return None
+    gaps = [m.start() for m in _WORD_GAP.finditer(text, start + 1, start + PIECE_CHARS + 2)]
+    return gaps[-1] if gaps else start + PIECE_CHARS
 
 
 class DocumentEncoder:
@@ -139,10 +182,7 @@ class DocumentEncoder:
     def _take_pieces(self) -> list[int]:
         tokens: list[int] = []
         start = 0
-        # The gap's right neighbour is looked at too, hence one character more than a piece's longest extent.
-        while len(self._text) - start >= PIECE_CHARS + 2:
-            gaps = [m.start() for m in _WORD_GAP.finditer(self._text, start + 1, start + PIECE_CHARS + 2)]
-            end = gaps[-1] if gaps else start + PIECE_CHARS
+        while (end := _piece_end(self._text, start)) is not None:
             tokens += self._encode(self._text[start:end])
             start = end
         self._text = self._text[start:]
@@ -171,22 +211,32 @@ class ChatFormat:
     separator: list[int]
 
     @classmethod
-    def of(cls, text: TextTokenizer) -> ChatFormat:
-        """Read the format off the tokenizer's chat template. Raises UnsupportedModel if the template rewrites texts."""
+    def of(cls, text: TextTokenizer, system: str | None = None) -> ChatFormat:
+        """Read the format off the tokenizer's chat template; with a system message, or what the template has for none.
+
+        Raises UnsupportedModel if the template rewrites texts, or has no room for a system message.
+        """
         tokenizer, separator = text.tokenizer, text.encode_continuation("\n\n")
         if tokenizer.chat_template is None:
             added = tokenizer("", verbose=False)["input_ids"]
             eos = tokenizer.eos_token_id
-            return cls(cast(list[int], [t for t in added if t != eos]), [], [], [], separator)
-        one, answer, two = "<<segcore-1>>", "<<segcore-2>>", "<<segcore-3>>"
-        messages = [_message("user", one), _message("assistant", answer), _message("user", two)]
-        whole = _render(tokenizer, messages, False)
-        prompt = _render(tokenizer, messages[:1], True)
-        closed = _render(tokenizer, messages[:1], False)
-        if not (prompt.startswith(closed) and all(whole.count(mark) == 1 for mark in (one, answer, two))):
+            head = [] if system is None else [*text.encode(system), *separator]
+            return cls([*(cast(int, t) for t in added if t != eos), *head], [], [], [], separator)
+        zero, one, answer, two = "<<segcore-0>>", "<<segcore-1>>", "<<segcore-2>>", "<<segcore-3>>"
+        first = [] if system is None else [_message("system", zero)]
+        opened = [*first, _message("user", one)]
+        whole = _render(tokenizer, [*opened, _message("assistant", answer), _message("user", two)], False)
+        prompt, closed = _render(tokenizer, opened, True), _render(tokenizer, opened, False)
+        marks = (*(message["content"] for message in first), one, answer, two)
+        if not (prompt.startswith(closed) and all(whole.count(mark) == 1 for mark in marks)):
             raise UnsupportedModel("the model's chat template rewrites its messages, so it can't be fed as a stream")
+        before, _, after = prompt.split(one)[0].rpartition(zero)
         return cls(
-            head=text.encode_template(prompt.split(one)[0]),
+            head=[
+                *(text.encode_template(before) if before else []),
+                *text.encode_continuation(system or ""),
+                *text.encode_template(after),
+            ],
             end_of_user=text.encode_template(closed.split(one)[1]),
             header=text.encode_template(prompt[len(closed) :]),
             end_of_answer=text.encode_template(whole.split(answer)[1].split(two)[0]),

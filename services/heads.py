@@ -11,9 +11,9 @@ from rich.table import Table
 
 from segcore.errors import ConfigError
 from segcore.heads.detect import find_selectors
-from segcore.heads.haystack import Haystack
 from segcore.heads.probes import ProbeConfig
 from segcore.heads.report import HeadsReport, Matrix
+from segcore.tasks.haystack import Haystack
 from segcore.weights import load_model
 
 # Cells listed in the table.

@@ -15,12 +15,12 @@ from torch import Tensor
 from segcore.attention.sdpa import sdpa_attention
 from segcore.config import Cell, SegmentedConfig
 from segcore.errors import ConfigError
-from segcore.heads.haystack import Haystack
 from segcore.heads.probes import ProbeConfig, ProbeMaker, ProbeStream, Question
 from segcore.heads.report import HeadsReport, Matrix
 from segcore.model import CausalLM
 from segcore.retrieval import choose_blocks, score_tokens
 from segcore.state import Window
+from segcore.tasks.haystack import Haystack
 from segcore.weights import LoadedModel
 
 # Tokens chosen, for the recalls: the default R, and less of it, as a longer stream would leave to each token.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from segcore.errors import ConfigError
-from segcore.heads.haystack import Haystack
+from segcore.tasks.haystack import Haystack
 from segcore.text import ChatFormat, TextTokenizer
 
 

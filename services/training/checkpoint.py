@@ -1,6 +1,6 @@
 """Checkpoints: folders that transformers loads, with what training needs to go on beside the weights.
 
-    config.json, model.safetensors, tokenizer ...   the model, or an adapter's files
+    config.json, model.safetensors, tokenizer ...   the model; of an adapter, PEFT's files
     segcore.json                                    the policy to serve with
     training.safetensors, training.json             fp32 masters and the optimizer's state; `Progress`
 
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from segcore.config import MIB, SegmentConfig
 from segcore.errors import ConfigError, StorageFull
-from segcore.fingerprint import segment_json
+from segcore.presets import write_card
 from segcore.weights import LoadedModel
 from services.training.parallel import Optimizer, like, whole
 
-POLICY, STATE, TENSORS = "segcore.json", "training.json", "training.safetensors"
+STATE, TENSORS = "training.json", "training.safetensors"
 # Left on a disk for what others write there: logs, Ray's own list of checkpoints.
 HEADROOM = 64 * MIB
 
@@ -80,13 +80,15 @@ def latest(run: Path) -> Path | None:
     return max(found, default=None)
 
 
-def save(
-    folder: Path, model: LoadedModel, segment: SegmentConfig, tensors: dict[str, Tensor], progress: Progress
-) -> None:
-    """Write a checkpoint's files. tensors: of `optimizer_tensors`."""
+def save_weights(folder: Path, model: LoadedModel, segment: SegmentConfig) -> None:
+    """Write a model as transformers does, and the policy to serve it with."""
     model.lm.model.save_pretrained(folder)
     model.tokenizer.tokenizer.save_pretrained(folder)
-    (folder / POLICY).write_text(segment_json(segment) + "\n")
+    write_card(folder, segment)
+
+
+def save_training(folder: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
+    """Write what training needs beside the weights. tensors: of `optimizer_tensors`."""
     save_file(tensors, folder / TENSORS)
     (folder / STATE).write_text(json.dumps(dataclasses.asdict(progress), indent=1) + "\n")
 

@@ -12,12 +12,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 from segcore.config import GIB, SegmentConfig
 from segcore.errors import ConfigError
-from segcore.presets import DEFAULT_MODEL, model_segment
+from segcore.presets import DEFAULT_MODEL, model_segment, read_card
 from services.config_file import read_config
 from services.training.data import DataConfig
 
-# What doesn't change the curve, and may differ when a run is resumed.
-FREE = ("name", "workers", "checkpoints", "evaluation", "metrics", "storage", "device_bytes")
+# What doesn't change the curve, and may differ when a run is resumed; the data have a hash of their own.
+FREE = ("name", "data", "workers", "checkpoints", "evaluation", "metrics", "storage", "device_bytes")
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
@@ -39,7 +39,7 @@ class SegmentSection(Section):
     """How the past is seen: a policy, as serving names them.
 
     preset: "default" or "paper". options: "policy", and what differs from the preset or the policy's defaults.
-    file: such a JSON object, as lies beside exported weights. heads: a file of `segcore heads`.
+    file: a `segcore.json`, as lies beside trained weights. heads: a file of `segcore heads`.
     """
 
     preset: Literal["default", "paper"] = "default"
@@ -60,13 +60,8 @@ class SegmentSection(Section):
 
     def config(self, model: str) -> SegmentConfig:
         """For a model by name. Raises ConfigError."""
-        options: dict[str, Any] = {}
-        if self.file is not None:
-            try:
-                options = dict(json.loads(self.file.read_text()))
-            except (OSError, ValueError, TypeError) as error:
-                raise ConfigError(f"{self.file} isn't a policy with its options, as JSON: {error}") from error
-        return model_segment(model, options | self.options, preset=self.preset, heads=self.heads)
+        trained = None if self.file is None else read_card(self.file)
+        return model_segment(model, self.options, preset=self.preset, trained=trained, heads=self.heads)
 
 
 class OptimizerSection(Section):
@@ -86,6 +81,14 @@ class ScheduleSection(Section):
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     final: float = Field(default=0.1, ge=0, le=1)
+
+
+class LoraSection(Section):
+    """An adapter is trained, and the model's own weights are not; see `LoraSettings`."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    modules: tuple[str, ...] | None = None
 
 
 class WorkersSection(Section):
@@ -150,7 +153,7 @@ class TrainConfig(Section):
 
     name: its folder in `storage`, which every node must see. k: how many segments back gradients reach, or "all".
     chunk_tokens, checkpoint_layers: as `SegmentedTrainer` has them. past_bytes: budget of a stream's past KV.
-    device_bytes: what a worker may take on its device; null: what is free there.
+    device_bytes: what a worker may take on its device; null: what is free there. lora: null: all weights are trained.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -165,6 +168,7 @@ class TrainConfig(Section):
     seed: int = 0
     steps: int = Field(ge=1)
     data: DataConfig
+    lora: LoraSection | None = None
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     workers: WorkersSection = WorkersSection()

@@ -1,6 +1,6 @@
 """What a worker's device must hold, by formula, so that a run that can't fit ends before it starts.
 
-P parameters trained, L layers, C hidden dimension, I of the feed-forward part, V vocabulary, S tokens of a segment,
+L layers, C hidden dimension, I of the feed-forward part, V vocabulary, S tokens of a segment,
 b bytes of a number, w of a wide one: 4 at least. Streams' past KV lies in host memory and has a budget of its own.
 """
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from segcore.config import EngineConfig, SegmentConfig
@@ -19,7 +20,7 @@ from segcore.model import ModelSpec
 from segcore.presets import DEFAULT_MODEL
 from segcore.training.loss import LOGITS
 from segcore.weights import choose_dtype, default_model_directory
-from services.training.config import TrainConfig
+from services.training.config import LoraSection, TrainConfig
 
 
 def require_memory(config: TrainConfig, device: torch.device) -> None:
@@ -41,19 +42,31 @@ def estimate(config: TrainConfig, shape: Any, dtype: torch.dtype, device: torch.
     """Bytes by part. shape: the model's configuration, as transformers has it."""
     segment = config.segment_config()
     with torch.device("meta"):
-        parameters = int(AutoModelForCausalLM.from_config(shape).num_parameters())
+        model = AutoModelForCausalLM.from_config(shape)
+    parameters = int(model.num_parameters())
+    trained = parameters if config.lora is None else _lora_parameters(config.lora, model)
     b, w = dtype.itemsize, max(4, dtype.itemsize)
     shards = config.workers.least if config.workers.parallel == "fsdp" else 1
-    own_masters = b < w or shards > 1
+    own_masters = shards > 1 or (b < w and config.lora is None)  # an adapter's weights are wide
     return {
         "weights": parameters * b,
-        "gradients": parameters * w,
-        "masters": parameters * w // shards if own_masters else 0,
-        "optimizer": 2 * parameters * w // shards,
+        "gradients": trained * w,
+        "masters": trained * w // shards if own_masters else 0,
+        "optimizer": 2 * trained * w // shards,
         "state": _state_bytes(config, segment, shape, dtype, device),
         "activations": _activation_bytes(config, segment, shape, b),
         "logits": 3 * w * min(LOGITS, segment.segment_tokens * shape.vocab_size),
     }
+
+
+def _lora_parameters(lora: LoraSection, model: nn.Module) -> int:
+    linears = {name.rpartition(".")[2]: m for name, m in model.base_model.named_modules() if isinstance(m, nn.Linear)}
+    wanted = linears if lora.modules is None else lora.modules
+    return sum(
+        lora.rank * (module.in_features + module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in wanted
+    )
 
 
 def _activation_bytes(config: TrainConfig, segment: SegmentConfig, shape: Any, b: int) -> int:

@@ -30,6 +30,8 @@ def follow(lines: Iterable[str], console: Console, keep: Callable[[str], object]
                 bar.update(task, completed=said["step"], total=said["steps"], description=_numbers(said))
                 if not console.is_terminal or "eval_loss" in said:
                     console.print(f"step {said['step']} of {said['steps']}: {_numbers(said)}", highlight=False)
+            elif "note" in said:
+                console.print(said["note"], highlight=False, soft_wrap=True)
             elif "warning" in said:
                 console.print(f"warning: {said['warning']}", highlight=False, soft_wrap=True)
             elif "error" in said:

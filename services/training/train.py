@@ -20,6 +20,7 @@ from services.local_ray import prepare_ray
 from services.training.checkpoint import export, latest, publish
 from services.training.config import TrainConfig
 from services.training.metrics import tell
+from services.training.picture import draw
 
 # Where Ray keeps its list of a run's checkpoints.
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -119,7 +120,7 @@ def fit(config: TrainConfig, *, loop: Callable[[dict[str, Any]], Outcome] = trai
         target = config.folder / "export"
         shutil.rmtree(target, ignore_errors=True)
         export(best, target)
-        outcome |= {"checkpoint": best.name, "export": str(target)}
+        outcome |= {"checkpoint": best.name, "export": str(target), "picture": str(draw(config.folder))}
     return outcome
 
 

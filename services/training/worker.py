@@ -26,6 +26,7 @@ from torch import nn
 
 from segcore.config import SegmentConfig
 from segcore.errors import LimitExceeded, NonFiniteLoss, SegcoreError, StorageFull
+from segcore.training.lora import LoraSettings, add_lora, load_adapter, save_adapter
 from segcore.training.stream import TrainingStream
 from segcore.training.tbptt import SegmentedTrainer
 from segcore.weights import LoadedModel, load_model
@@ -36,10 +37,11 @@ from services.training.checkpoint import (
     optimizer_tensors,
     require_room,
     restore_optimizer,
-    save,
+    save_training,
+    save_weights,
 )
 from services.training.config import OptimizerSection, TrainConfig
-from services.training.data import open_data
+from services.training.data import open_data, report_lines
 from services.training.estimate import require_memory
 from services.training.metrics import Recorder, RunRecorder, Silent
 from services.training.parallel import Optimizer, Replicated, Sharded, Workers
@@ -79,6 +81,8 @@ class Run:
         """Take the steps that are left."""
         if self.workers.rank == 0:
             self.recorder = RunRecorder(self.config, self.step)
+            for line in report_lines(self.data.reports, self.config.data):
+                self.recorder.tell(note=line)
         with contextlib.closing(self.recorder):
             if self.step == 0 and self.config.evaluation is not None:
                 self._record(self.evaluate())
@@ -188,13 +192,21 @@ class Run:
         if self.workers.rank == 0:
             folder = Path(tempfile.mkdtemp(prefix="segcore-checkpoint-"))
             try:
-                save(folder, self.model, self.config.evaluation_segment(), tensors, self.progress())
+                self._save_weights(folder)
+                save_training(folder, tensors, self.progress())
                 require_room(folder, self.config.folder)
             except (OSError, SafetensorError, StorageFull) as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder = None
                 self.recorder.tell(warning=f"no checkpoint at step {self.step}; the last one stays: {error}")
         self._report(self.metrics | {"step": self.step}, folder, checkpoint_name(self.step))
+
+    def _save_weights(self, folder: Path) -> None:
+        segment = self.config.evaluation_segment()
+        if self.config.lora is None:
+            save_weights(folder, self.model, segment)
+        else:
+            save_adapter(self.model.lm, folder, base_model=self.config.model, segment=segment)
 
     def _kept(self, batch: Sequence[TrainingStream], error: NonFiniteLoss) -> NonFiniteLoss:
         """The error, once the step's streams are saved beside the run."""
@@ -224,11 +236,16 @@ def agreed(workers: Workers, act: Callable[[], T]) -> T:
 
 
 def _load(config: TrainConfig, device: torch.device, start: Path | None) -> LoadedModel:
-    """The model with the weights of a checkpoint, or its own."""
+    """The model with the weights, or the adapter, of a checkpoint, or as it begins."""
     require_memory(config, device)
-    return load_model(
-        str(start) if start is not None else config.model, dtype=config.dtype, device=str(device), trainable=True
-    )
+    name = config.model if start is None or config.lora is not None else str(start)
+    model = load_model(name, dtype=config.dtype, device=str(device), trainable=True)
+    if config.lora is not None and start is not None:
+        load_adapter(model.lm, start, name=config.model)
+    elif config.lora is not None:
+        _seed(config.seed, -1, 0)
+        add_lora(model.lm, LoraSettings(**config.lora.model_dump()))
+    return model
 
 
 def _optimizer(

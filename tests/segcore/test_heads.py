@@ -21,12 +21,12 @@ from segcore.heads.detect import (
     reciprocal_ranks,
 )
 from segcore.heads.detect import report as make_report
-from segcore.heads.haystack import Haystack
 from segcore.heads.probes import TEMPLATES, ProbeConfig, ProbeMaker, ProbeStream, Question
 from segcore.heads.report import HeadsReport
 from segcore.model import CausalLM
 from segcore.policies import make_policy
 from segcore.presets import DEFAULT_MODEL, SHIPPED_HEADS, segment_preset
+from segcore.tasks.haystack import Haystack
 from segcore.text import ChatFormat, TextTokenizer
 from tests.conftest import tiny_model
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,15 @@ def texts(count: int) -> list[str]:
     return [" ".join(WORDS[(i * j + i) % len(WORDS)] for j in range(8 + 9 * (i % 4))) for i in range(count)]
 
 
+def lines(texts: list[str]) -> str:
+    """Texts as JSON lines."""
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("texts") / "texts.txt"
-    file.write_text("\n".join(texts(12)))
+    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    file.write_text(lines(texts(12)))
     return file
 
 
@@ -49,7 +55,7 @@ def values(model_directory: Path, text_file: Path) -> Values:
     """A valid configuration as a mapping, with some keys changed."""
 
     def make(storage: Path, /, **changes: Any) -> dict[str, Any]:
-        data = {"files": [str(text_file)], "streams_per_step": 4}
+        data = {"sources": [{"files": [str(text_file)]}], "streams_per_step": 4}
         return {
             "name": "run",
             "model": str(model_directory),

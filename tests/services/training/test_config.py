@@ -9,8 +9,7 @@ import yaml
 
 from segcore.config import FullConfig, LagKVConfig
 from segcore.errors import ConfigError
-from segcore.fingerprint import segment_json
-from segcore.presets import segment_preset
+from segcore.presets import segment_preset, write_card
 from services.training.config import TrainConfig
 
 
@@ -58,7 +57,7 @@ def test_a_missing_key_and_a_key_that_is_there_twice(written):
         ({"policy": "sparse"}, "unknown policy 'sparse'"),
         ({"policy": "full", "tail_tokens": 3}, "has no option tail_tokens"),
         ("paper", "names heads of Llama-2-7B"),
-        ("none.json", "isn't a policy"),
+        ("none.json", "doesn't say under which policy"),
     ],
 )
 def test_a_policy_that_cannot_be_is_refused_before_the_run(written, segment, message):
@@ -68,13 +67,13 @@ def test_a_policy_that_cannot_be_is_refused_before_the_run(written, segment, mes
     assert text.startswith(f"{file}:{line_of(file, 'segment:')}: segment: ")
 
 
-def test_segments_are_named_as_serving_names_them(written):
+def test_segments_are_named_as_serving_names_them(written, tmp_path):
     assert TrainConfig.read(written(segment={"policy": "full"})).segment_config() == FullConfig()
     preset = TrainConfig.read(written(model="smollm2-135m-instruct", segment="default")).segment_config()
     assert preset == segment_preset("smollm2-135m-instruct")
     config = LagKVConfig(lag_tokens=64, keep=0.25)
-    file = written(segment="policy.json")
-    file.with_name("policy.json").write_text(segment_json(config))
+    file = written(segment="segcore.json")
+    write_card(tmp_path, config)
     assert TrainConfig.read(file).segment_config() == config
 
 
