@@ -207,6 +207,10 @@ class TrainConfig(Section):
         own = self.evaluation.segment if self.evaluation is not None else None
         return self.segment_config() if own is None else own.config(self.model)
 
+    def to_json(self) -> str:
+        """What was set, with all paths absolute, for another process; `model_validate_json` reads it."""
+        return self.model_copy(update={"storage": self.storage}).model_dump_json(exclude_unset=True)
+
     @property
     def folder(self) -> Path:
         return self.storage / self.name

@@ -73,7 +73,7 @@ class Jobs:
             return self._patiently(
                 entrypoint=f"python -m {MODULE} {CONFIG}{' --resume' if resume else ''}",
                 submission_id=f"{config.name}-{datetime.now():%Y%m%d-%H%M%S-%f}",
-                metadata={"segcore": "train", "run": config.name, "config": config.model_dump_json()},
+                metadata={"segcore": "train", "run": config.name, "config": config.to_json()},
                 runtime_env={"working_dir": str(file.parent)},
             )
 
@@ -163,5 +163,5 @@ def _written(config: TrainConfig) -> Iterator[Path]:
     """The configuration as a file in a folder of its own, with all paths absolute."""
     with tempfile.TemporaryDirectory(prefix="segcore-train-") as folder:
         file = Path(folder) / CONFIG
-        file.write_text(config.model_dump_json())
+        file.write_text(config.to_json())
         yield file

@@ -36,7 +36,7 @@ def train_worker(settings: dict[str, Any]) -> Outcome:
     from services.training.parallel import Workers
     from services.training.worker import Run
 
-    config = TrainConfig.model_validate(settings)
+    config = TrainConfig.model_validate_json(settings["config"])
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     torch.set_num_threads(config.workers.threads or max(1, int(config.workers.cpus)))
     try:
@@ -92,7 +92,7 @@ def fit(config: TrainConfig, *, loop: Callable[[dict[str, Any]], Outcome] = trai
     workers, scored = config.workers, config.evaluation is not None
     trainer = TorchTrainer(
         loop,
-        train_loop_config=config.model_dump(mode="json"),
+        train_loop_config={"config": config.to_json()},
         scaling_config=ScalingConfig(
             num_workers=workers.count,
             use_gpu=workers.gpus > 0,

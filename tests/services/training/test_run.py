@@ -185,6 +185,7 @@ def test_an_export_is_what_plain_transformers_loads(config, tmp_path):
     assert segment_preset(str(tmp_path / "out")) == config().segment_config()  # what serving runs it under
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own code
 def test_an_adapter_is_exported_for_serving_and_plain_peft(config, model_directory, tmp_path):
     alone = Alone(config(steps=2, lora={"rank": 4, "modules": ["q_proj", "down_proj"]}))
     alone.run.train()
