@@ -45,6 +45,7 @@ def address() -> Iterator[str]:
     """The dashboard of a cluster of our own, whose nodes are ended by their process ids."""
     folder, port, dashboard = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), free_port(), free_port()
     environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # whose `python` jobs run
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
