@@ -85,7 +85,7 @@ def fit(config: TrainConfig, *, loop: Callable[[dict[str, Any]], Outcome] = trai
     The best checkpoint, or the last one if there is no evaluation, is exported. Returns the last step and metrics.
     Raises SegcoreError, and Ray's TrainingFailedError once workers have failed too often.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     forget_damaged_list(config.folder)
@@ -103,6 +103,7 @@ def fit(config: TrainConfig, *, loop: Callable[[dict[str, Any]], Outcome] = trai
             name=config.name,
             storage_path=str(config.storage),
             failure_config=FailureConfig(max_failures=workers.failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.checkpoints.keep,
                 checkpoint_score_attribute="eval_loss" if scored else None,

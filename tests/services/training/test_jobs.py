@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -74,10 +76,22 @@ def address() -> Iterator[str]:
             yield f"http://127.0.0.1:{dashboard}"
         finally:
             for process in reversed(nodes):
-                process.send_signal(signal.SIGTERM)
-            for process in nodes:
-                process.wait(60)
+                end(process)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a node, and what it started if it doesn't do so itself."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for left in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
 
 
 def wait_for(happened: Callable[[], object], seconds: float = 200) -> None:
