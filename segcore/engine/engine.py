@@ -73,7 +73,7 @@ class Engine:
         self._runner = Runner(model, config.segment, config.attention)
         self.fingerprint = Fingerprint(
             model=config.model,
-            weights=weights_digest(model.model),
+            weights=weights_digest(*(module for module in (model.model, model.query_maps) if module is not None)),
             tokenizer=config.tokenizer,
             adapter=config.adapter,
             dtype=str(model.spec.dtype),
