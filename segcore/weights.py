@@ -97,6 +97,8 @@ def _load(name: str, dtype: torch.dtype, device: torch.device, trainable: bool, 
     text, lm = TextTokenizer(tokenizer), CausalLM(_to(model, device))
     if adapter is not None and adapter.has_selectors:
         lm.query_maps = QueryMaps.read(adapter.directory / SELECTORS_FILE, lm.spec).requires_grad_(trainable)
+    elif (Path(path) / SELECTORS_FILE).is_file():
+        lm.query_maps = QueryMaps.read(Path(path) / SELECTORS_FILE, lm.spec).requires_grad_(trainable)
     if trainable:
         model.requires_grad_(True)
     else:

@@ -175,11 +175,13 @@ class SegmentedTrainer:
         self._check(stream, max(1, stream.valid_tokens))
         past = RecordedPast(self._manager, self._runner.policy.layout)
         try:
-            total, hits_T = _Unrolled(self._runner, stream, past, 0, self.chunk_tokens, 0.0).scored()
+            untaught = Teacher(self._runner.policy, {}, 0.0, stream.name)
+            run = _Unrolled(self._runner, stream, past, 0, self.chunk_tokens, 0.0, untaught)
+            total, hits_T = run.scored()
         finally:
             past.truncate(0)
         right = sum(bool(hits_T[answer.start : answer.stop].all()) for answer in stream.answers)
-        return StreamScore(total, stream.valid_tokens, len(stream.answers), right)
+        return StreamScore(total, stream.valid_tokens, untaught.loss, len(stream.answers), right)
 
     def _check(self, stream: TrainingStream, valid_tokens: int) -> None:
         stream.check_vocabulary(self.model.spec.vocabulary)

@@ -44,10 +44,10 @@ def estimate(config: TrainConfig, shape: Any, dtype: torch.dtype, device: torch.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
     parameters = int(model.num_parameters())
-    trained = parameters if config.lora is None else _lora_parameters(config.lora, model)
+    trained = parameters if config.whole else _lora_parameters(config.lora, model) if config.lora else 0
     b, w = dtype.itemsize, max(4, dtype.itemsize)
     shards = config.workers.least if config.workers.parallel == "fsdp" else 1
-    own_masters = shards > 1 or (b < w and config.lora is None)  # an adapter's weights are wide
+    own_masters = shards > 1 or (b < w and config.whole)  # an adapter's weights are wide
     return {
         "weights": parameters * b,
         "gradients": trained * w,
