@@ -107,12 +107,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_file(values, runs) -> Callable[[str], Path]:
-    def write(name: str) -> Path:
+def run_file(values, runs) -> Callable[..., Path]:
+    def write(name: str, **more: object) -> Path:
         file = runs / f"{name}.yaml"
         workers = {"count": 2, "threads": 1}
         changes = {"name": name, "steps": STEPS, "workers": workers, "checkpoints": {"every": 4}}
-        file.write_text(yaml.safe_dump(values(runs, **changes)))
+        file.write_text(yaml.safe_dump(values(runs, **changes | more)))
         return file
 
     return write
@@ -192,6 +192,13 @@ def test_a_run_is_neither_begun_twice_nor_resumed_from_nothing(address, unbroken
     assert "resume the run, or give it another name" in capsys.readouterr().out
     with pytest.raises(NotFound, match="no training job or run 'nobody'"):
         Jobs(address).find("nobody")
+
+
+def test_what_a_worker_refuses_ends_the_run_at_once(address, run_file, runs, capsys):
+    assert main(["train", str(run_file("large", device_bytes=1000)), "--address", address]) == 1
+    assert "of its device, which has 0.00 GiB" in capsys.readouterr().out
+    log = Jobs(address)._client.get_job_logs(str(Jobs(address).find("large").submission_id))
+    assert len(set(re.findall(r"RayTrainWorker pid=(\d+)", log))) <= 2, "no worker was started anew"
 
 
 def test_where_nobody_takes_jobs_is_said(run_file, capsys):
