@@ -40,7 +40,7 @@ def run_locally(config: TrainConfig, console: Console, *, resume: bool = False) 
     """Run on this machine, on a Ray of its own, until it ends; its whole log is kept in the run's folder."""
     check_start(config, resume=resume)
     config.folder.mkdir(parents=True, exist_ok=True)
-    with _written(config) as file, open(config.folder / "log.txt", "a") as log:
+    with _written(config) as file, open(config.folder / "log.txt", "a", buffering=1) as log:
         command = [sys.executable, "-m", MODULE, str(file), "--local", *(["--resume"] if resume else [])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None

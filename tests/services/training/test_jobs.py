@@ -53,6 +53,7 @@ def address() -> Iterator[str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_worker_niceness": "0",
     }
     ray = [
         str(Path(sys.executable).parent / "ray"),
