@@ -6,7 +6,7 @@ b bytes of a number, w of a wide one: 4 at least. Streams' past KV lies in host 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -44,7 +44,13 @@ def estimate(config: TrainConfig, shape: Any, dtype: torch.dtype, device: torch.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
     parameters = int(model.num_parameters())
-    trained = parameters if config.whole else _lora_parameters(config.lora, model) if config.lora else 0
+    trained = (
+        parameters
+        if config.whole
+        else _lora_parameters(config.lora, cast(nn.Module, model.base_model))
+        if config.lora
+        else 0
+    )
     b, w = dtype.itemsize, max(4, dtype.itemsize)
     shards = config.workers.least if config.workers.parallel == "fsdp" else 1
     own_masters = shards > 1 or (b < w and config.whole)  # an adapter's weights are wide
@@ -59,14 +65,11 @@ def estimate(config: TrainConfig, shape: Any, dtype: torch.dtype, device: torch.
     }
 
 
-def _lora_parameters(lora: LoraSection, model: nn.Module) -> int:
-    linears = {name.rpartition(".")[2]: m for name, m in model.base_model.named_modules() if isinstance(m, nn.Linear)}
-    wanted = linears if lora.modules is None else lora.modules
-    return sum(
-        lora.rank * (module.in_features + module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in wanted
-    )
+def _lora_parameters(lora: LoraSection, body: nn.Module) -> int:
+    """Of the adapter of a model, of which `body` is all but the head."""
+    linears = ((name.rpartition(".")[2], m) for name, m in body.named_modules() if isinstance(m, nn.Linear))
+    wanted = (m for name, m in linears if lora.modules is None or name in lora.modules)
+    return sum(lora.rank * int(linear.in_features + linear.out_features) for linear in wanted)
 
 
 def _activation_bytes(config: TrainConfig, segment: SegmentConfig, shape: Any, b: int) -> int:
