@@ -6,7 +6,7 @@ b bytes of a number, w of a wide one: 4 at least. Streams' past KV lies in host 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
@@ -20,7 +20,7 @@ from segcore.model import ModelSpec
 from segcore.presets import DEFAULT_MODEL
 from segcore.training.loss import LOGITS
 from segcore.weights import choose_dtype, default_model_directory
-from services.training.config import LoraSection, TrainConfig
+from services.training.config import TrainConfig
 
 
 def require_memory(config: TrainConfig, device: torch.device) -> None:
@@ -43,14 +43,7 @@ def estimate(config: TrainConfig, shape: Any, dtype: torch.dtype, device: torch.
     segment = config.segment_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
-    parameters = int(model.num_parameters())
-    trained = (
-        parameters
-        if config.whole
-        else _lora_parameters(config.lora, cast(nn.Module, model.base_model))
-        if config.lora
-        else 0
-    )
+    parameters, trained = int(model.num_parameters()), _trained_parameters(config, model)
     b, w = dtype.itemsize, max(4, dtype.itemsize)
     shards = config.workers.least if config.workers.parallel == "fsdp" else 1
     own_masters = shards > 1 or (b < w and config.whole)  # an adapter's weights are wide
@@ -65,11 +58,15 @@ def estimate(config: TrainConfig, shape: Any, dtype: torch.dtype, device: torch.
     }
 
 
-def _lora_parameters(lora: LoraSection, body: nn.Module) -> int:
-    """Of the adapter of a model, of which `body` is all but the head."""
-    linears = ((name.rpartition(".")[2], m) for name, m in body.named_modules() if isinstance(m, nn.Linear))
-    wanted = (m for name, m in linears if lora.modules is None or name in lora.modules)
-    return sum(lora.rank * int(linear.in_features + linear.out_features) for linear in wanted)
+def _trained_parameters(config: TrainConfig, model: Any) -> int:
+    """All of the model, or the adapter's; selectors' maps are small."""
+    if config.whole:
+        return int(model.num_parameters())
+    if config.lora is None:
+        return 0
+    linears = ((name.rpartition(".")[2], m) for name, m in model.base_model.named_modules() if isinstance(m, nn.Linear))
+    wanted = (m for name, m in linears if config.lora.modules is None or name in config.lora.modules)
+    return sum(config.lora.rank * int(linear.in_features + linear.out_features) for linear in wanted)
 
 
 def _activation_bytes(config: TrainConfig, segment: SegmentConfig, shape: Any, b: int) -> int:
