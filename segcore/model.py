@@ -17,6 +17,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -66,8 +67,9 @@ class Rope:
 
     def __init__(self, angles: nn.Module, rotate: Rotate, like: Tensor) -> None:
         self._angles, self._rotate, self._like = angles, rotate, like
-        self._rotate_into = _rotate_into
         self._cos_1ND, self._sin_1ND = self._table(1024)
+        self._rotate_into: Callable[..., Tensor] = partial(_rotate_into, rotate)
+        self._halves = like.is_cpu and self._turns_halves()
 
     @property
     def rotary_dim(self) -> int:
@@ -92,11 +94,22 @@ class Rope:
     def into(self, rows: Rows, q_HTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, first_position: int) -> Tensor:
         """Rotate, write keys, rotated keys and values to `rows`, and return the rotated queries. No gradient passes."""
         cos, sin = self._at(first_position, k_HTD.shape[1])
-        return self._rotate_into(self._rotate, rows, q_HTD, k_HTD, v_HTD, cos, sin)
+        rotate_into = _turn_into if self._halves and q_HTD.shape[-1] == self.rotary_dim else self._rotate_into
+        return rotate_into(rows, q_HTD, k_HTD, v_HTD, cos, sin)
 
     def compile(self) -> None:
         """Let torch fuse `into`."""
-        self._rotate_into = torch.compile(_rotate_into)
+        self._rotate_into, self._halves = torch.compile(partial(_rotate_into, self._rotate)), False
+
+    def _turns_halves(self) -> bool:
+        """Whether `_turn_into` gives what the model's own function gives, bit for bit."""
+        tokens, dim = self._cos_1ND.shape[1:]
+        generator = torch.Generator().manual_seed(0)
+        q, k = torch.randn(2, 1, tokens, dim, generator=generator).to(self._like.dtype)
+        ours, own = torch.empty(2, 3, 1, tokens, dim, dtype=self._like.dtype)
+        given = (q, k, k, *self._at(0, tokens))
+        queries = _turn_into(ours.unbind(), *given), _rotate_into(self._rotate, own.unbind(), *given)
+        return torch.equal(*queries) and torch.equal(ours, own)
 
     def _at(self, first_position: int, tokens: int) -> tuple[Tensor, Tensor]:
         stop = first_position + tokens
@@ -112,6 +125,19 @@ def _rotate_into(
     for row, value in zip(rows, (k_HTD, rotated_k[0], v_HTD), strict=True):
         row.copy_(value)
     return rotated_q[0]
+
+
+def _turn_into(rows: Rows, q_HTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:
+    """`_rotate_into` by the usual rotation, x cos + (-x2, x1) sin, without a copy of the halves that change places."""
+    for row, value in zip(rows[::2], (k_HTD, v_HTD), strict=True):
+        row.copy_(value)
+    for x_HTD, out_HTD in ((q_HTD, q := torch.empty_like(q_HTD)), (k_HTD, rows[1])):
+        torch.mul(x_HTD, cos_1TD, out=out_HTD)
+        first, second = (x_HTD * sin_1TD).chunk(2, dim=-1)
+        to_first, to_second = out_HTD.chunk(2, dim=-1)
+        to_first -= second
+        to_second += first
+    return q
 
 
 def _defer_rotation(module: nn.Module) -> None:
@@ -158,7 +184,8 @@ def _attention(
     sequences = zip(segcore_attend, q_BHGTD, key, value, strict=False)
     out = [attend(layer, q_HGTD, k_HTD, v_HTD, scale) for attend, q_HGTD, k_HTD, v_HTD in sequences]
     out += [torch.zeros_like(out[0])] * (batch - len(out))
-    return torch.stack(out).flatten(1, 2).transpose(1, 2), None
+    out_BHGTD = torch.stack(out) if batch > 1 else out[0][None]  # one is not copied
+    return out_BHGTD.flatten(1, 2).transpose(1, 2), None
 
 
 # What attends is Python, and keeps state: not for a compiler.
