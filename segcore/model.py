@@ -15,6 +15,7 @@ import functools
 import inspect
 import sys
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,14 @@ Rotate = Callable[..., tuple[Tensor, Tensor]]
 Rows = tuple[Tensor, Tensor, Tensor]
 # What reached attention, by layer: queries, [H*G, T, D], keys, [H, T, D], and the scale.
 Seen = dict[int, tuple[Tensor, Tensor, float]]
+
+
+class AttendTogether(ABC):
+    """What runs in place of the model's attention for a whole batch, once per layer."""
+
+    @abstractmethod
+    def __call__(self, layer: int, q_BHGTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, scale: float) -> Tensor:
+        """Takes unrotated queries and keys; returns the attention output, [B, H, G, T, D]."""
 
 
 class Attend(Protocol):
@@ -69,7 +78,16 @@ class Rope:
         self._angles, self._rotate, self._like = angles, rotate, like
         self._cos_1ND, self._sin_1ND = self._table(1024)
         self._rotate_into: Callable[..., Tensor] = partial(_rotate_into, rotate)
-        self._halves = like.is_cpu and self._turns_halves()
+        self.halves = self._turns_halves()
+
+    @property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [N, D] each, as the rotation takes them. It may be another one once it has grown."""
+        return self._cos_1ND[0], self._sin_1ND[0]
+
+    def reserve(self, positions: int) -> None:
+        """Let the table hold so many positions."""
+        self._at(positions, 0)
 
     @property
     def rotary_dim(self) -> int:
@@ -94,19 +112,19 @@ class Rope:
     def into(self, rows: Rows, q_HTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, first_position: int) -> Tensor:
         """Rotate, write keys, rotated keys and values to `rows`, and return the rotated queries. No gradient passes."""
         cos, sin = self._at(first_position, k_HTD.shape[1])
-        rotate_into = _turn_into if self._halves and q_HTD.shape[-1] == self.rotary_dim else self._rotate_into
-        return rotate_into(rows, q_HTD, k_HTD, v_HTD, cos, sin)
+        by_halves = self.halves and q_HTD.is_cpu and q_HTD.shape[-1] == self.rotary_dim
+        return (_turn_into if by_halves else self._rotate_into)(rows, q_HTD, k_HTD, v_HTD, cos, sin)
 
     def compile(self) -> None:
         """Let torch fuse `into`."""
-        self._rotate_into, self._halves = torch.compile(partial(_rotate_into, self._rotate)), False
+        self._rotate_into = torch.compile(partial(_rotate_into, self._rotate))
 
     def _turns_halves(self) -> bool:
-        """Whether `_turn_into` gives what the model's own function gives, bit for bit."""
+        """Whether the model's function is the usual one: `_turn_into` gives the same, bit for bit."""
         tokens, dim = self._cos_1ND.shape[1:]
         generator = torch.Generator().manual_seed(0)
-        q, k = torch.randn(2, 1, tokens, dim, generator=generator).to(self._like.dtype)
-        ours, own = torch.empty(2, 3, 1, tokens, dim, dtype=self._like.dtype)
+        q, k = torch.randn(2, 1, tokens, dim, generator=generator).to(self._like)
+        ours, own = self._like.new_empty(2, 3, 1, tokens, dim)
         given = (q, k, k, *self._at(0, tokens))
         queries = _turn_into(ours.unbind(), *given), _rotate_into(self._rotate, own.unbind(), *given)
         return torch.equal(*queries) and torch.equal(ours, own)
@@ -170,7 +188,7 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    segcore_attend: Sequence[Attend],
+    segcore_attend: Sequence[Attend] | AttendTogether,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; [B, H*G, T, D] in, [B, T, H*G, D] out. Sequences beyond the callbacks pad."""
@@ -181,6 +199,8 @@ def _attention(
         if extra.get(term) is not None:
             raise UnsupportedModel(f"{type(module).__name__} can't be run exactly: its attention has a {term} term")
     layer, q_BHGTD = cast(int, module.layer_idx), query.view(batch, kv_heads, heads // kv_heads, tokens, dim)
+    if isinstance(segcore_attend, AttendTogether):
+        return segcore_attend(layer, q_BHGTD, key, value, scale).flatten(1, 2).transpose(1, 2), None
     sequences = zip(segcore_attend, q_BHGTD, key, value, strict=False)
     out = [attend(layer, q_HGTD, k_HTD, v_HTD, scale) for attend, q_HGTD, k_HTD, v_HTD in sequences]
     out += [torch.zeros_like(out[0])] * (batch - len(out))
@@ -228,7 +248,7 @@ class CausalLM:
         """
         return self.head(self.hidden(tokens_BT, attends), all_logits=all_logits)
 
-    def hidden(self, tokens_BT: Tensor, attends: Sequence[Attend]) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, attends: Sequence[Attend] | AttendTogether) -> Tensor:
         """What the model makes logits of, normed, [B, T, C]; see `batch`."""
         body = cast(nn.Module, self.model.base_model)
         return cast(Tensor, body(input_ids=tokens_BT, use_cache=False, segcore_attend=attends).last_hidden_state)
