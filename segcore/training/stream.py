@@ -5,6 +5,7 @@ Shape: T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,9 @@ from segcore.errors import InvalidInput
 # A label that isn't a target, as in transformers.
 IGNORED = -100
 
+# Tokens [first, stop) of a stream.
+Span = tuple[int, int]
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingStream:
@@ -22,13 +26,15 @@ class TrainingStream:
 
     name: says which one it is, in errors. tokens_T, labels_T: int64 in host memory; token t is to be predicted if label
     t isn't IGNORED (the first never is), and None means all. marks: ends of turns, as indices of the tokens that come
-    next; the prefix is chosen anew before these (design, section 6).
+    next; the prefix is chosen anew before these (design, section 6). needed: of a mark, the spans before it that the
+    answer after it needs, if they are known; what selectors are taught.
     """
 
     name: str
     tokens_T: Tensor
     labels_T: Tensor | None = None
     marks: tuple[int, ...] = ()
+    needed: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
     targets_T: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -40,6 +46,11 @@ class TrainingStream:
             raise InvalidInput(f"stream {self.name!r}: it needs a label for each token, and at least one token")
         if not all(0 <= mark <= len(self.tokens_T) for mark in self.marks):
             raise InvalidInput(f"stream {self.name!r}: a mark lies outside of its {len(self.tokens_T)} tokens")
+        for mark, spans in self.needed.items():
+            if mark not in self.marks or not spans or not all(0 <= first < stop <= mark for first, stop in spans):
+                raise InvalidInput(
+                    f"stream {self.name!r}: what mark {mark} needs must be spans (first, stop) before one of its marks"
+                )
         # What each position predicts: the token after it; the last one, nothing.
         targets_T = torch.cat([labels_T[1:], labels_T.new_tensor([IGNORED])])
         object.__setattr__(self, "targets_T", targets_T)

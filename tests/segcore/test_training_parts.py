@@ -31,6 +31,7 @@ def test_a_position_predicts_the_next_tokens_label():
     assert masked.targets_T.tolist() == [IGNORED, 4, IGNORED, 7, IGNORED]
     assert masked.valid_tokens == 2
     assert TrainingStream("one", TOKENS[:1]).valid_tokens == 0
+    assert TrainingStream("taught", TOKENS, marks=(3, 5), needed={3: ((0, 1), (2, 3))}).needed[3] == ((0, 1), (2, 3))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,11 @@ def test_a_position_predicts_the_next_tokens_label():
         ({"tokens_T": TOKENS, "labels_T": TOKENS.double()}, "its labels"),
         ({"tokens_T": TOKENS, "marks": (2, 6)}, "a mark lies outside"),
         ({"tokens_T": TOKENS, "marks": (-1,)}, "a mark lies outside"),
+        ({"tokens_T": TOKENS, "marks": (3,), "needed": {2: ((0, 1),)}}, "what mark 2 needs"),
+        ({"tokens_T": TOKENS, "marks": (3,), "needed": {3: ()}}, "what mark 3 needs"),
+        ({"tokens_T": TOKENS, "marks": (3,), "needed": {3: ((0, 2), (2, 4))}}, "what mark 3 needs"),
+        ({"tokens_T": TOKENS, "marks": (3,), "needed": {3: ((1, 1),)}}, "what mark 3 needs"),
+        ({"tokens_T": TOKENS, "marks": (3,), "needed": {3: ((-1, 1),)}}, "what mark 3 needs"),
     ],
 )
 def test_what_is_no_stream_is_refused_by_name(values, words):
