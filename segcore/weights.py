@@ -20,8 +20,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from segcore.adapter import Adapter
 from segcore.config import EngineConfig
 from segcore.errors import ConfigError, NotFound, UnsupportedModel
+from segcore.merging import check_base, merge_adapter
 from segcore.model import CausalLM
 from segcore.packed import pack_linears
 from segcore.presets import DEFAULT_MODEL, cache_directory
@@ -37,35 +39,47 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with what speaks to it. name: as it was asked for. end_tokens: those that end an answer."""
+    """A model with what speaks to it.
+
+    name: as it was asked for. end_tokens: those that end an answer. adapter: what was merged into its weights.
+    """
 
     name: str
     lm: CausalLM
     tokenizer: TextTokenizer
     chat: ChatFormat
     end_tokens: frozenset[int]
+    adapter: Adapter | None = None
 
     def identified(self, config: EngineConfig) -> EngineConfig:
         """The configuration with this model's identity, which past KV that leaves the process must bear."""
-        return replace(config, model=self.name, tokenizer=self.tokenizer.digest)
+        adapter = "" if self.adapter is None else self.adapter.id
+        return replace(config, model=self.name, tokenizer=self.tokenizer.digest, adapter=adapter)
 
 
 def load_model(
-    name: str = DEFAULT_MODEL, *, dtype: str = "auto", device: str = "auto", trainable: bool = False
+    name: str = DEFAULT_MODEL,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trainable: bool = False,
+    adapter: str | Path | None = None,
 ) -> LoadedModel:
     """Load a model for segmented execution.
 
     name: DEFAULT_MODEL, a local directory (safetensors), a .gguf file, or a hub id. dtype: a key of DTYPES, or "auto":
     bfloat16 where the device computes in it, else float32. device: a torch device, or "auto": the GPU if there is one.
-    trainable: every weight asks for gradients; otherwise the model is for inference alone.
+    trainable: every weight asks for gradients; otherwise the model is for inference alone. adapter: the directory of
+    one, that training or peft wrote for this model; it is merged into the weights.
     Raises NotFound, UnsupportedModel, ConfigError.
     """
     target = _device(device)
     wanted = _dtype(dtype, target)
-    return apart(partial(_load, name, wanted, target, trainable))
+    read = None if adapter is None else Adapter.read(adapter)
+    return apart(partial(_load, name, wanted, target, trainable, read))
 
 
-def _load(name: str, dtype: torch.dtype, device: torch.device, trainable: bool) -> LoadedModel:
+def _load(name: str, dtype: torch.dtype, device: torch.device, trainable: bool, adapter: Adapter | None) -> LoadedModel:
     path = default_model_directory() if name == DEFAULT_MODEL else name
     try:
         tokenizer, model = _read(path, dtype)
@@ -76,12 +90,15 @@ def _load(name: str, dtype: torch.dtype, device: torch.device, trainable: bool) 
             " a hub id",
             model=name,
         ) from error
+    if adapter is not None:
+        check_base(model, name, adapter)
+        merge_adapter(model, adapter)
     text, lm = TextTokenizer(tokenizer), CausalLM(_to(model, device))
     if trainable:
         model.requires_grad_(True)
     else:
         pack_linears(model)
-    return LoadedModel(name, lm, text, ChatFormat.of(text), _end_tokens(model, tokenizer))
+    return LoadedModel(name, lm, text, ChatFormat.of(text), _end_tokens(model, tokenizer), adapter)
 
 
 def default_model_directory() -> Path:
