@@ -102,8 +102,9 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
     service = parser.add_argument_group("service")
     service.add_argument("--config", type=Path, metavar="YAML", help="a file of service settings; see docs/serving.md")
     service.add_argument("--model", help="smollm2-135m-instruct (default), a directory, a .gguf file, or a hub id")
+    service.add_argument("--adapter", type=Path, metavar="DIR", help="one that was trained for the model, or peft's")
     service.add_argument("--dtype", help="auto (default), float32, bfloat16, ...")
-    service.add_argument("--policy", help="segmented (default) or full")
+    service.add_argument("--policy", help="segmented (default; with an adapter, the one it was trained with) or full")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -161,7 +162,7 @@ def _config(options: argparse.Namespace, **given: int | None) -> ServeConfig:
     from services.serving.config import ServeConfig
 
     config = ServeConfig() if options.config is None else ServeConfig.read(options.config)
-    named = {**given, "model": options.model, "dtype": options.dtype}
+    named = {**given, "model": options.model, "adapter": options.adapter, "dtype": options.dtype}
     values = config.model_dump() | {name: value for name, value in named.items() if value is not None}
     if options.policy:
         values["segment"] = {**values["segment"], "policy": options.policy}

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from segcore.adapter import Adapter
 from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig, segment_config
 from segcore.errors import ConfigError
 from segcore.heads.report import HeadsReport
@@ -18,7 +19,8 @@ from segcore.presets import DEFAULT_MODEL, cache_directory, segment_preset
 class ServeConfig(BaseModel):
     """A segcore service.
 
-    segment: "policy", and its options that differ from the model's preset or the policy's defaults.
+    adapter: the directory of one that was trained for the model; its policy is the preset then.
+    segment: "policy", and its options that differ from the preset or the policy's defaults.
     heads: a file that `segcore heads` wrote for the model; None: what is shipped for it, if anything.
     threads: torch's, None for its own choice.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
@@ -30,6 +32,7 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = DEFAULT_MODEL
+    adapter: Path | None = None
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
@@ -67,7 +70,7 @@ class ServeConfig(BaseModel):
             raise ConfigError(f"{path}: {faults}") from error
 
     def engine_config(self) -> EngineConfig:
-        """The engine's part. Raises ConfigError."""
+        """The engine's part. Raises as `segment_config` does."""
         return EngineConfig(
             segment=self.segment_config(),
             cache=CacheConfig(
@@ -85,12 +88,14 @@ class ServeConfig(BaseModel):
         )
 
     def segment_config(self) -> SegmentConfig:
-        """The model's preset with this configuration's changes, or another policy's defaults with them.
+        """The adapter's or the model's preset with this configuration's changes, or a policy's defaults with them.
 
-        Raises ConfigError.
+        Raises ConfigError, and NotFound for an adapter that isn't there.
         """
-        preset, options = segment_preset(self.model), dict(self.segment)
-        policy = options.pop("policy", preset.policy)
-        inherited = dataclasses.asdict(preset) if policy == preset.policy else {}
+        trained = None if self.adapter is None else Adapter.read(self.adapter).segment
+        presets = [*([] if trained is None else [trained]), segment_preset(self.model)]
+        options = dict(self.segment)
+        policy = options.pop("policy", presets[0].policy)
+        inherited = next((dataclasses.asdict(preset) for preset in presets if preset.policy == policy), {})
         config = segment_config(policy, **inherited | options)
         return config if self.heads is None else HeadsReport.read(self.heads).apply(config)

@@ -23,7 +23,7 @@ class EngineDeployment:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._config = config
-        self._model = segcore.load_model(config.model, dtype=config.dtype, device=config.device)
+        self._model = segcore.load_model(config.model, dtype=config.dtype, device=config.device, adapter=config.adapter)
         self._engine = segcore.Engine(self._model.lm, self._model.identified(config.engine_config()))
         self._sessions = Sessions(self._model, self._engine, config)
 
