@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 
 import psutil
 
+from segcore import errors
+from segcore.errors import SegcoreError, Unavailable
 from services.serving.config import ServeConfig
 
 
@@ -45,12 +48,26 @@ def local_service(config: ServeConfig) -> Iterator[str]:
             http_options=HTTPOptions(host=config.host, port=config.http_port),
             grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=servicer_functions()),
         )
-        serve.run(application, name=APPLICATION, route_prefix="/")
+        try:
+            serve.run(application, name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:
+            deployments = serve.status().applications[APPLICATION].deployments.values()
+            raise cause("\n".join(deployment.message for deployment in deployments)) from error
         yield f"{config.host}:{config.grpc_port}"
     finally:
         serve.delete(APPLICATION)  # lets the engine end its work and clear its disk
         if own_ray:
             ray.shutdown()
+
+
+def cause(report: str) -> SegcoreError:
+    """Why replicas didn't start: the last error of ours in what Serve reports of them, or the whole report."""
+    ours = re.findall(r"^segcore\.errors\.(\w+): (.+)$", report, re.MULTILINE)
+    if not ours:
+        return Unavailable(f"the service didn't start: {report}")
+    name, message = ours[-1]
+    kind: type[SegcoreError] = getattr(errors, name)
+    return kind(message)
 
 
 def _prepare_ray() -> None:

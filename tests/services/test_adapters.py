@@ -10,12 +10,13 @@ import torch
 
 import segcore
 from segcore.config import DuoConfig
-from segcore.errors import ConfigError, NotFound
+from segcore.errors import ConfigError, NotFound, Unavailable
 from segcore.sampling import SamplingParams
 from segcore.training.lora import add_lora, save_adapter
 from services.cli import _config, _parser, main
 from services.serving.config import ServeConfig
 from services.serving.engine_deployment import EngineDeployment
+from services.serving.local import cause
 from tests.conftest import tiny_model, tiny_segment
 
 TRAINED = tiny_segment(retrieved_tokens=4)
@@ -101,3 +102,13 @@ def test_an_adapter_of_another_model_is_refused_by_name(adapter, tmp_path, model
     tiny_model("qwen2", dtype=torch.float32).save_pretrained(other)
     with pytest.raises(ConfigError, match="has other weights: load that model"):
         serve(other, tmp_path / "past", adapter=adapter)
+
+
+def test_what_kept_replicas_from_starting_is_the_commands_error():
+    report = """The deployment failed to start 3 times in a row. Error:
+      File "segcore/merging.py", line 49, in check_base
+    segcore.errors.ConfigError: adapter 'a' was trained on 'b'"""
+    found = cause(report.replace("\n    ", "\n"))
+    assert (type(found), found.message) == (ConfigError, "adapter 'a' was trained on 'b'")
+    assert isinstance(cause("no node has a GPU"), Unavailable)
+    assert "no node has a GPU" in cause("no node has a GPU").message
