@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from segcore.attention.sdpa import sdpa_attention
 from segcore.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from segcore.retrieval.query_maps import QueryMaps
 
 ATTENTION_NAME = "segcore"
 # What transformers' model files call their rotation.
@@ -216,7 +219,7 @@ class CausalLM:
     """A transformers causal LM whose attention is given call by call. Takes over the model it is handed.
 
     Its weights are frozen; training trains those that ask for gradients again, or an adapter that is added to `model`.
-    parameters: how many numbers its weights are.
+    parameters: how many numbers its weights are. query_maps: learned maps of its selectors' queries, if it has any.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -224,6 +227,7 @@ class CausalLM:
         base = cast(Any, model.base_model)
         weight = next(model.parameters())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.query_maps: QueryMaps | None = None
         rotate = getattr(sys.modules[type(_attention_modules(model)[0]).__module__], ROTATION)
         self.rope = Rope(base.rotary_emb, rotate, torch.empty(0, dtype=weight.dtype, device=weight.device))
         self.model = model.eval().requires_grad_(False)
@@ -268,6 +272,11 @@ class CausalLM:
         self.rope.compile()
         for layer in self.layers:
             layer.compile()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All that has weights."""
+        return [self.model] if self.query_maps is None else [self.model, self.query_maps]
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -73,7 +73,7 @@ class Engine:
         self._runner = apart(lambda: Runner(model, config.segment, config.attention))
         self.fingerprint = Fingerprint(
             model=config.model,
-            weights=apart(lambda: weights_digest(model.model)),
+            weights=apart(lambda: weights_digest(*model.modules)),
             tokenizer=config.tokenizer,
             adapter=config.adapter,
             dtype=str(model.spec.dtype),

@@ -27,7 +27,7 @@ class Runner:
 
     def __init__(self, model: CausalLM, config: SegmentConfig, attention: str = "auto") -> None:
         self.model, self.config = model, config
-        self.policy = make_policy(config, model.spec, model.rope)
+        self.policy = make_policy(config, model.spec, model.rope, model.query_maps)
         keys = self.policy.windows(0)[0].base + config.segment_tokens
         self._attention = make_attention(attention, model.spec, config.segment_tokens, keys)
         self._watched = {cell: i for i, cell in enumerate(self.policy.watched)}

@@ -135,9 +135,14 @@ class RetrievingPolicy(Policy[C]):
         self._insert_retrieved(state, past, ends)
 
     def _choice(self, state: State, past: SessionPast) -> Tensor:
-        """What the queries so far choose, of the tokens that readers don't see anyway."""
-        sinks, tail = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
-        return self.choose(state, past, sinks, state.closed - tail)
+        """What the queries so far choose."""
+        candidates = self.candidates(state.closed)
+        return self.choose(state, past, candidates.start, candidates.stop)
+
+    def candidates(self, closed: int) -> range:
+        """What may be chosen after `closed` tokens: those that readers don't see anyway."""
+        sinks, tail = sinks_and_tail(closed, self.config.sink_tokens, self.config.reader_tail_tokens)
+        return range(sinks, closed - tail)
 
     def _reads(self, layer: int, window: Window) -> bool:
         return Cell(layer, window.heads[0]) in self._column

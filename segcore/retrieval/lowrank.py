@@ -56,6 +56,9 @@ class LowRankIndex(KeyIndex):
             return []
         return self._codes.allocated + self._decoders.allocated + self._exact.allocated
 
+    def keys(self, numbers_per_key: int) -> Iterator[Tensor]:
+        return self._exact.keys(numbers_per_key)
+
     def _start(self) -> None:
         selectors, head_dim, rank = self._spec.selectors, self._spec.head_dim, self._rank
         row_bytes = selectors * rank * (self._segment + head_dim * self._compute.itemsize)
