@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from segcore.adapter import Adapter
 from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig, segment_config
 from segcore.errors import ConfigError
-from segcore.heads.report import HeadsReport
+from segcore.heads.gates import read_report
 from segcore.presets import DEFAULT_MODEL, cache_directory, segment_preset
 
 
@@ -21,7 +21,8 @@ class ServeConfig(BaseModel):
 
     adapter: the directory of one that was trained for the model; its policy is the preset then.
     segment: "policy", and its options that differ from the preset or the policy's defaults.
-    heads: a file that `segcore heads` wrote for the model; None: what is shipped for it, if anything.
+    heads: a file that `segcore heads`, or the training of gates, wrote for the model; None: what is shipped for it, if
+    anything.
     threads: torch's, None for its own choice.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
     address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.
@@ -98,4 +99,4 @@ class ServeConfig(BaseModel):
         policy = options.pop("policy", presets[0].policy)
         inherited = next((dataclasses.asdict(preset) for preset in presets if preset.policy == policy), {})
         config = segment_config(policy, **inherited | options)
-        return config if self.heads is None else HeadsReport.read(self.heads).apply(config)
+        return config if self.heads is None else read_report(self.heads).apply(config)
