@@ -70,10 +70,10 @@ class Engine:
 
     def __init__(self, model: CausalLM, config: EngineConfig) -> None:
         self.config, self.spec = config, model.spec
-        self._runner = Runner(model, config.segment, config.attention)
+        self._runner = apart(lambda: Runner(model, config.segment, config.attention))
         self.fingerprint = Fingerprint(
             model=config.model,
-            weights=weights_digest(*(module for module in (model.model, model.query_maps) if module is not None)),
+            weights=apart(lambda: weights_digest(*model.modules)),
             tokenizer=config.tokenizer,
             adapter=config.adapter,
             dtype=str(model.spec.dtype),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from segcore.attention.choice import make_attention
 from segcore.config import Cell, SegmentConfig
+from segcore.engine.graphs import DecodeGraphs
 from segcore.model import CausalLM
 from segcore.pastkv.session import SessionPast
 from segcore.policies import make_policy
@@ -30,6 +31,7 @@ class Runner:
         keys = self.policy.windows(0)[0].base + config.segment_tokens
         self._attention = make_attention(attention, model.spec, config.segment_tokens, keys)
         self._watched = {cell: i for i, cell in enumerate(self.policy.watched)}
+        self._graphs = DecodeGraphs(model, self.policy)
 
     def begin(self) -> State:
         """The state before a stream's first token."""
@@ -59,20 +61,17 @@ class Runner:
         width: the batch is padded to this many sequences. With one width for all passes of a kind, a stream's values
         don't depend on its company, to the last bit: matrix products of one shape treat their rows alike.
         """
+        if tokens_BT.shape[1] == 1 and self._graphs.usable():
+            self._begin(tokens_BT, states, pasts)
+            return self._graphs.run(tokens_BT, states, width)
         return self.model.head(self.hidden(tokens_BT, states, pasts, width=width), all_logits=all_logits)[: len(states)]
 
     def hidden(
         self, tokens_BT: Tensor, states: Sequence[State], pasts: Sequence[SessionPast], *, width: int = 1
     ) -> Tensor:
         """What `forward` makes logits of, [width or B, T, C]."""
-        batch, tokens = tokens_BT.shape
-        for row, state, past in zip(tokens_BT.tolist(), states, pasts, strict=True):
-            assert 0 < tokens <= self.config.segment_tokens - state.filled
-            past.journal.begin_pass(state, row)
-            end = state.filled + tokens
-            if end == self.config.segment_tokens or is_refresh_point(end, self.config):
-                self.policy.prefetch(state, past)
-        padded = torch.nn.functional.pad(tokens_BT, (0, 0, 0, max(width - batch, 0)))
+        self._begin(tokens_BT, states, pasts)
+        padded = torch.nn.functional.pad(tokens_BT, (0, 0, 0, max(width - len(states), 0)))
         attends = [_Pass(self, state) for state in states]
         hidden_BTC = self.model.hidden(padded.to(self.model.spec.device), attends)
         for attend in attends:
@@ -89,16 +88,19 @@ class Runner:
         state.filled += tokens
         if state.filled == self.config.segment_tokens:
             self.policy.close(state, past)
+            state.moved()
             if self.policy.layout is not None and logits_V is not None:
                 past.complete(self.policy.boundary(state) | {"logits": logits_V})
         elif is_refresh_point(state.filled, self.config):
             self.policy.refresh(state, past)
+            state.moved()
 
     def mark(self, state: State, past: SessionPast) -> None:
         """An end of turn at the stream's end: a refresh point that doesn't close the segment (design, section 6)."""
         past.journal.begin_mark(state)
         if state.filled:  # a close has just chosen by the same queries
             self.policy.refresh(state, past)
+            state.moved()
 
     def resume(self, boundary: dict[str, Tensor], past: SessionPast) -> tuple[State, Tensor]:
         """The state after the last close of `past`, and the logits of its last token, [V]."""
@@ -106,6 +108,16 @@ class Runner:
         state.length = past.segments * self.config.segment_tokens
         state.events = past.journal.events_until(state.length)
         return state, boundary["logits"].to(self.model.spec.device)
+
+    def _begin(self, tokens_BT: Tensor, states: Sequence[State], pasts: Sequence[SessionPast]) -> None:
+        """Write a pass down before it runs."""
+        tokens = tokens_BT.shape[1]
+        for row, state, past in zip(tokens_BT.tolist(), states, pasts, strict=True):
+            assert 0 < tokens <= self.config.segment_tokens - state.filled
+            past.journal.begin_pass(state, row)
+            end = state.filled + tokens
+            if end == self.config.segment_tokens or is_refresh_point(end, self.config):
+                self.policy.prefetch(state, past)
 
     def _see(self, window: Window, filled: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
         """Append the chunk to the window, then let its queries see the prefix and the segment so far."""

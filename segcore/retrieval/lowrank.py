@@ -21,6 +21,7 @@ from segcore.retrieval.base import IndexSpec, KeyIndex
 from segcore.retrieval.choose import best_of_blocks, choose_positions, top_blocks
 from segcore.retrieval.exhaustive import ExhaustiveIndex
 from segcore.retrieval.pages import Pages
+from segcore.retrieval.scan import can_scan, scan
 
 
 class LowRankIndex(KeyIndex):
@@ -104,6 +105,9 @@ class LowRankIndex(KeyIndex):
         for codes_PCKN, decoders_PCDK in zip(self._codes, self._decoders, strict=True):
             q_PCMK = queries.flatten(1, 2) @ decoders_PCDK.to(self._spec.device, non_blocking=True)
             codes = codes_PCKN.to(self._spec.device, non_blocking=True)
+            if can_scan(codes):
+                yield scan(q_PCMK.unflatten(2, heads), codes).flatten()
+                continue
             for q, c in zip(q_PCMK.split(step), codes.split(step), strict=True):
                 similarity = torch.bmm(q.flatten(0, 1), c.to(self._compute).flatten(0, 1))
                 best_PCGN = _window_max(similarity.unflatten(1, heads)).unflatten(0, q.shape[:2])

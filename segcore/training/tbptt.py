@@ -107,7 +107,7 @@ class SegmentedTrainer:
         config: SegmentConfig,
         *,
         k: Depth = 1,
-        chunk_tokens: int = 1024,
+        chunk_tokens: int = 2048,
         checkpoint_layers: bool = False,
         host_bytes: int = 8 * GIB,
         selector_weight: float = 0.1,
@@ -134,8 +134,7 @@ class SegmentedTrainer:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
-        modules = (module for module in (self.model.model, self.model.query_maps) if module is not None)
-        return [p for module in modules for p in module.parameters() if p.requires_grad]
+        return [p for module in self.model.modules for p in module.parameters() if p.requires_grad]
 
     def lessons(self, stream: TrainingStream) -> dict[int, Lesson]:
         """What the stream can teach the query maps, by the position of the choice. Raises InvalidInput."""

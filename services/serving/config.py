@@ -19,7 +19,8 @@ class ServeConfig(BaseModel):
 
     adapter: the directory of one that was trained for the model; its policy is the preset then.
     segment: "policy", and its options that differ from the preset or the policy's defaults.
-    heads: a file that `segcore heads` wrote for the model; None: what is shipped for it, if anything.
+    heads: a file that `segcore heads`, or the training of gates, wrote for the model; None: what is shipped for it, if
+    anything.
     threads: torch's, None for its own choice.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
     address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.
@@ -36,7 +37,7 @@ class ServeConfig(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     segment: dict[str, Any] = {}
     heads: Path | None = None
-    chunk_tokens: int = Field(default=1024, ge=1)
+    chunk_tokens: int = Field(default=2048, ge=1)
     replicas: int = Field(default=1, ge=1)
     gpus_per_replica: float = Field(default=0, ge=0)
     host: str = "127.0.0.1"

@@ -71,7 +71,8 @@ def literal_scores(lm: CausalLM, serving: Serving, at: int) -> tuple[Tensor, lis
 
 @pytest.mark.parametrize("k", [0, 1, "all"])
 @pytest.mark.parametrize("index", ["exhaustive", "lowrank"])
-def test_the_loss_and_its_gradient_are_those_of_the_scores_that_choose(lm, k, index):
+def test_the_loss_and_its_gradient_are_those_of_the_scores_that_choose(lm, k, index, monkeypatch):
+    monkeypatch.setattr("segcore.retrieval.base._SCRATCH_NUMBERS", {"cpu": 1})  # a segment at a time
     config = tiny_segment(index=index)
     trainer = SegmentedTrainer(lm, config, k=k, selector_weight=0.5)
     loss = trainer.loss_and_grad(STREAM_WITH_LABELS, 100, choices=7)

@@ -1,0 +1,155 @@
+"""Passes of one token as CUDA graphs: some hundred launches become one, and a token costs what its bytes cost.
+
+Shapes: L layers, B streams, H KV heads, G query heads per KV head, D head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segcore.attention.decode import Places, can_decode, decode_attention
+from segcore.config import Cell
+from segcore.model import AttendTogether, CausalLM
+from segcore.policies.base import Policy
+from segcore.state import State, Window
+
+log = logging.getLogger(__name__)
+
+
+class DecodeGraphs:
+    """A graph for each width that is asked for."""
+
+    def __init__(self, model: CausalLM, policy: Policy[Any]) -> None:
+        self._model, self._policy = model, policy
+        self._graphs: dict[int, _Graph] = {}
+        # The rotation is of whole heads, by halves.
+        whole = model.rope.halves and model.rope.rotary_dim == model.spec.head_dim
+        self._usable = can_decode(model.spec) and whole
+
+    def usable(self) -> bool:
+        """Whether `run` can be called now: on a GPU with Triton, without a backward pass."""
+        return self._usable and not torch.is_grad_enabled()
+
+    def run(self, tokens_B1: Tensor, states: Sequence[State], width: int) -> Tensor:
+        """Logits of the token of each stream, [B, 1, V]; as `Runner.forward`, whose other duties aren't done here."""
+        graph = self._graphs.get(width)
+        if graph is None:
+            graph = self._graphs[width] = _Graph(self._model, self._policy, width)
+        return graph.run(tokens_B1, states)
+
+
+class _Together(AttendTogether):
+    """Attention of a batch from the places of its windows; keeps the queries of watched cells."""
+
+    def __init__(self, model: CausalLM, policy: Policy[Any], width: int) -> None:
+        spec, device = model.spec, model.spec.device
+        shape, watched = (spec.layers, width, spec.kv_heads), policy.watched
+        # A graph knows the table by its address: all of it, and held on to.
+        model.rope.reserve(policy.max_stream_tokens or policy.windows(0)[0].position + policy.config.segment_tokens)
+        self._cos_ND, self._sin_ND = (x.contiguous() for x in model.rope.table)
+        # A row that streams which only pad the batch write to.
+        spare = torch.zeros((1, spec.head_dim), dtype=spec.dtype, device=device)
+        self.anchor = spare
+        self.filled_B = torch.zeros(width, dtype=torch.int32, device=device)
+        self.offset_LBH3 = torch.zeros((*shape, 3), dtype=torch.int64, device=device)
+        self.rows_3LBH = torch.zeros((3, *shape), dtype=torch.int32, device=device)
+        self._watched = {cell: i for i, cell in enumerate(watched)}
+        self.queries_CBGD = torch.zeros(
+            (len(watched), width, spec.queries_per_kv_head, spec.head_dim), dtype=spec.dtype, device=device
+        )
+
+    def __call__(self, layer: int, q_BHGTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, scale: float) -> Tensor:
+        q_BHGD = q_BHGTD[:, :, :, 0]
+        for head in range(q_BHGD.shape[1]):
+            i = self._watched.get(Cell(layer, head))
+            if i is not None:
+                self.queries_CBGD[i].copy_(q_BHGD[:, head])
+        start, base, position = self.rows_3LBH[:, layer]
+        places = Places(self.anchor, self.offset_LBH3[layer], start, base, position, self.filled_B)
+        k_BHD, v_BHD = k_BHTD[:, :, 0], v_BHTD[:, :, 0]
+        out = decode_attention(q_BHGD, k_BHD, v_BHD, places, self._cos_ND, self._sin_ND, scale)
+        return out[:, :, :, None]
+
+    def place(self, stream: int, state: State) -> None:
+        """Take a stream's windows for one of the batch's."""
+        layers, _, heads = self.rows_3LBH.shape[1:]
+        offset, rows = torch.empty((layers, heads, 3), dtype=torch.int64), torch.empty((3, layers, heads))
+        for layer, windows in enumerate(state.layers):
+            for window in windows:
+                at = list(window.heads)
+                offset[layer, at] = self._offsets(window)
+                values = torch.tensor([window.start, window.base, window.position], dtype=rows.dtype)
+                rows[:, layer, at] = values[:, None]
+        self.offset_LBH3[:, stream] = offset.to(self.offset_LBH3.device)
+        self.rows_3LBH[:, :, stream] = rows.to(self.rows_3LBH)
+
+    def pad(self, stream: int) -> None:
+        """Let a stream be padding."""
+        self.offset_LBH3[:, stream] = 0
+        self.rows_3LBH[:, :, stream] = 0
+
+    def _offsets(self, window: Window) -> Tensor:
+        """Of the window's heads and tensors, [H, 3], in numbers from the anchor."""
+        tensors = (window.k_HND, window.rotated_HND, window.v_HND)
+        assert all(x[0].is_contiguous() for x in tensors)
+        size = self.anchor.element_size()
+        first = torch.tensor([(x.data_ptr() - self.anchor.data_ptr()) // size for x in tensors])
+        return first + torch.arange(len(window.heads))[:, None] * torch.tensor([x.stride(0) for x in tensors])
+
+
+class _Graph:
+    """One width's."""
+
+    def __init__(self, model: CausalLM, policy: Policy[Any], width: int) -> None:
+        self._model, self._together, self._window = model, _Together(model, policy, width), policy.watched_tokens
+        self._placed: list[int | None] = [None] * width
+        self._tokens_B1 = torch.zeros((width, 1), dtype=torch.int64, device=model.spec.device)
+        self._given_2B = torch.empty((2, width), dtype=torch.int64, pin_memory=True)
+        self._taken = torch.cuda.Event()
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(model.spec.device)
+        stream.wait_stream(torch.cuda.current_stream(model.spec.device))
+        with torch.cuda.stream(stream):  # compiles what there is to compile
+            for _ in range(3):
+                self._pass()
+        torch.cuda.current_stream(model.spec.device).wait_stream(stream)
+        # Other threads move blocks meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._logits_B1V = self._pass()
+        log.info("decode of %d streams captured as a CUDA graph", width)
+
+    def run(self, tokens_B1: Tensor, states: Sequence[State]) -> Tensor:
+        self._place(states)
+        self._taken.synchronize()  # by the last run
+        self._given_2B.zero_()
+        self._given_2B[0, : len(states)] = tokens_B1[:, 0]
+        self._given_2B[1, : len(states)] = torch.tensor([state.filled for state in states])
+        given_2B = self._given_2B.to(self._tokens_B1.device, non_blocking=True)
+        self._taken.record()
+        self._tokens_B1[:, 0] = given_2B[0]
+        self._together.filled_B.copy_(given_2B[1])
+        self._graph.replay()
+        for b, state in enumerate(states):
+            for i, seen in enumerate(state.queries):
+                before = seen[:, max(0, seen.shape[1] + 1 - self._window) :]
+                state.queries[i] = torch.cat([before, self._together.queries_CBGD[i, b][:, None]], dim=1)
+        return self._logits_B1V[: len(states)].clone()
+
+    def _place(self, states: Sequence[State]) -> None:
+        for stream, placed in enumerate(self._placed):
+            version = states[stream].version if stream < len(states) else None
+            if version != placed:
+                if version is None:
+                    self._together.pad(stream)
+                else:
+                    self._together.place(stream, states[stream])
+                self._placed[stream] = version
+
+    def _pass(self) -> Tensor:
+        hidden_B1C = self._model.hidden(self._tokens_B1, self._together)
+        return self._model.head(hidden_B1C, all_logits=True)
