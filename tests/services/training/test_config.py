@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+
 
 import pytest
 import yaml
@@ -70,6 +72,13 @@ def test_a_policy_that_cannot_be_is_refused_before_the_run(written, segment, mes
     text = fault(file)
     assert message in text
     assert text.startswith(f"{file}:{line_of(file, 'segment:')}: segment: ")
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[3] / "examples").glob("train-*.yaml")), ids=lambda f: f.name
+)
+def test_shipped_configurations_can_be_read(file):
+    assert TrainConfig.read(file).steps
 
 
 def test_segments_are_named_as_serving_names_them(written, tmp_path):
