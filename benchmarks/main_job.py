@@ -32,7 +32,7 @@ def measure() -> dict:
 def figures_of(figures: dict) -> list[Figure]:
     early = next(size for segments, size in figures["memory"] if segments >= 2)
     late, answer = figures["memory"][-1][1], figures["answers"][0]
-    past_per_token = figures["past_disk_bytes"] / (figures["segments"] * 2048)
+    past_per_token = figures["past_disk_bytes"] / (figures["segments"] * 1024)
     values = [
         ("document_tokens", figures["tokens"], "tokens", ">= 100000"),
         ("engine_memory_growth_100k", late / early, "ratio to after two segments", "<= 1.1"),

@@ -26,7 +26,7 @@ class SegmentConfig:
     """
 
     policy: ClassVar[str]
-    segment_tokens: int = 2048
+    segment_tokens: int = 1024
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "segment_tokens")
@@ -323,7 +323,7 @@ class EngineConfig:
 
     segment: SegmentConfig = field(default_factory=lambda: SegmentedConfig())
     cache: CacheConfig = field(default_factory=CacheConfig)
-    chunk_tokens: int = 2048
+    chunk_tokens: int = 1024
     slots: int = 8
     decodes_per_chunk: int = 8
     slot_steps: int = 64

@@ -1,4 +1,4 @@
-"""One token of each of many streams on a GPU: rotate, write and attend in three launches a layer, however many they are.
+"""One token of each of many streams on a GPU: rotated, written and attended in three launches a layer.
 
 Keys are read in parts, whose softmax sums are merged, as in Flash-Decoding (Dao et al. 2023). All that changes from
 token to token is read on the device, so that a CUDA graph can hold the launches; windows stay where they are.
@@ -53,7 +53,7 @@ def decode_attention(
 ) -> Tensor:
     """Write each stream's key, rotated key and value behind its segment, and attend from there; [B, H, G, D].
 
-    Queries and keys aren't rotated yet. The rotation is the usual one, of halves, rounded as torch rounds it.
+    Queries and keys aren't rotated yet. The rotation is the usual one, of halves, in fp32.
     """
     streams, heads, group, dim = q_BHGD.shape
     parts = min(_MOST_PARTS, -(-_PROGRAMS // (streams * heads)))
@@ -81,7 +81,6 @@ def _write_tile(  # type: ignore[no-untyped-def]
     high = low + HALF
     cos_low, cos_high = tl.load(cos + angle + low).to(tl.float32), tl.load(cos + angle + high).to(tl.float32)
     sin_low, sin_high = tl.load(sin + angle + low).to(tl.float32), tl.load(sin + angle + high).to(tl.float32)
-    kind = k.dtype.element_ty
     keys = anchor + tl.load(offset + cell * 3) + row * (2 * HALF)
     rotated = anchor + tl.load(offset + cell * 3 + 1) + row * (2 * HALF)
     values = anchor + tl.load(offset + cell * 3 + 2) + row * (2 * HALF)
@@ -91,18 +90,13 @@ def _write_tile(  # type: ignore[no-untyped-def]
     tl.store(values + low, tl.load(v + cell * 2 * HALF + low))
     tl.store(values + high, tl.load(v + cell * 2 * HALF + high))
     k_low, k_high = k_low.to(tl.float32), k_high.to(tl.float32)
-    # Products and sums are rounded one by one, as torch does.
-    tl.store(rotated + low, (k_low * cos_low).to(kind).to(tl.float32) - (k_high * sin_low).to(kind).to(tl.float32))
-    tl.store(rotated + high, (k_high * cos_high).to(kind).to(tl.float32) + (k_low * sin_high).to(kind).to(tl.float32))
+    tl.store(rotated + low, k_low * cos_low - k_high * sin_low)
+    tl.store(rotated + high, k_high * cos_high + k_low * sin_high)
     for g in range(group):
         at = (cell * group + g) * 2 * HALF
         q_low, q_high = tl.load(q + at + low).to(tl.float32), tl.load(q + at + high).to(tl.float32)
-        tl.store(
-            turned + at + low, (q_low * cos_low).to(kind).to(tl.float32) - (q_high * sin_low).to(kind).to(tl.float32)
-        )
-        tl.store(
-            turned + at + high, (q_high * cos_high).to(kind).to(tl.float32) + (q_low * sin_high).to(kind).to(tl.float32)
-        )
+        tl.store(turned + at + low, q_low * cos_low - q_high * sin_low)
+        tl.store(turned + at + high, q_high * cos_high + q_low * sin_high)
 
 
 def _attend_tile(  # type: ignore[no-untyped-def]

@@ -1,12 +1,15 @@
-"""Passes of one token as CUDA graphs: some hundred launches become one, and a token costs what its bytes cost.
+"""Passes as CUDA graphs: hundreds of launches become one. Of one token for decode; of whole segments for prefill.
 
-Shapes: L layers, B streams, H KV heads, G query heads per KV head, D head dimension, V vocabulary.
+Shapes: L layers, B streams, H KV heads, G query heads per KV head, D head dimension, V vocabulary, T tokens, C cells,
+R retrieved tokens.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +18,19 @@ from torch import Tensor
 from segcore.attention.decode import Places, can_decode, decode_attention
 from segcore.config import Cell
 from segcore.model import AttendTogether, CausalLM
+from segcore.pastkv.session import SessionPast
 from segcore.policies.base import Policy
+from segcore.policies.retrieving import Ends, Left, RetrievingPolicy
 from segcore.state import State, Window
 
 log = logging.getLogger(__name__)
+
+# What ends a segment: `Policy.close`, of a state and its past.
+Close = Callable[[State, SessionPast], None]
+# Where every window of a state is, and where its rows are and stand.
+Standing = tuple[tuple[int, int, int, int], ...]
+# Captured segments that are kept, one for each set of windows: slots come back to theirs.
+_KEPT = 8
 
 
 class DecodeGraphs:
@@ -153,3 +165,89 @@ class _Graph:
     def _pass(self) -> Tensor:
         hidden_B1C = self._model.hidden(self._tokens_B1, self._together)
         return self._model.head(hidden_B1C, all_logits=True)
+
+
+class SegmentGraphs:
+    """Whole segments, with what their close does on the device, for windows that come again in the same place.
+
+    whole: the pass, of tokens_T and a state; logits of the last token.
+    """
+
+    def __init__(self, whole: Callable[[Tensor, State], Tensor], policy: Policy[Any]) -> None:
+        self._whole, self._policy = whole, policy
+        self._seen: OrderedDict[Standing, _Segment | None] = OrderedDict()
+
+    def fits(self, state: State, tokens: int) -> bool:
+        """Whether a pass of so many tokens is a whole segment, in windows that have stood like this before."""
+        policy = self._policy
+        if not isinstance(policy, RetrievingPolicy) or not policy.capturable or torch.is_grad_enabled():
+            return False
+        config = policy.config
+        whole = state.filled == 0 and tokens == config.segment_tokens >= policy.watched_tokens
+        if not whole or not policy.like.is_cuda or state.closed < config.prefix_tokens:
+            return False
+        key = _windows(state)
+        if key in self._seen:
+            self._seen.move_to_end(key)
+            return True
+        self._seen[key] = None
+        if len(self._seen) > _KEPT:
+            self._seen.popitem(last=False)
+        return False
+
+    def run(self, tokens_T: Tensor, state: State, past: SessionPast) -> tuple[Tensor, Close]:
+        """Logits of the last token, [1, V], and the rest of the close."""
+        assert isinstance(self._policy, RetrievingPolicy)
+        key = _windows(state)
+        segment = self._seen[key]
+        if segment is None:
+            segment = self._seen[key] = _Segment(self._whole, self._policy, state)
+        return segment.run(tokens_T, state, past)
+
+
+def _windows(state: State) -> Standing:
+    return tuple((w.k_HND.data_ptr(), w.start, w.base, w.position) for layer in state.layers for w in layer)
+
+
+class _Segment:
+    """One set of windows'."""
+
+    def __init__(self, whole: Callable[[Tensor, State], Tensor], policy: RetrievingPolicy[Any], state: State) -> None:
+        self._policy, size = policy, policy.config.segment_tokens
+        self._tokens_T = torch.zeros(size, dtype=torch.int64, device=policy.like.device)
+        self._table = policy.rope.table  # the graph knows it by its address
+        self._pass, self._insert = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._kv_RC2D: Tensor | None = None
+        full = copy.copy(state)
+        full.layers, full.queries = list(state.layers), list(state.queries)
+        with torch.cuda.graph(self._pass, capture_error_mode="thread_local"):
+            self._logits_1V = whole(self._tokens_T, full)
+            full.length, full.filled = state.length + size, size
+            self._left = policy.leave(full, keeps=True)
+        self._queries = full.queries
+        log.info("prefill of %d tokens captured as a CUDA graph", size)
+
+    def run(self, tokens_T: Tensor, state: State, past: SessionPast) -> tuple[Tensor, Close]:
+        self._tokens_T.copy_(tokens_T)
+        self._pass.replay()
+        state.queries = [q.clone() for q in self._queries]
+        return self._logits_1V.clone(), self._close
+
+    def _close(self, state: State, past: SessionPast) -> None:
+        left = Left(self._left.ends)
+        if past.segments * self._policy.config.segment_tokens < state.length:
+            assert self._left.kv_SC2D is not None
+            left = Left(self._left.ends, self._left.kv_SC2D.clone(), self._left.searched)
+        self._policy.settle(state, past, left, self._put)
+
+    def _put(self, state: State, kv_RC2D: Tensor, ends: Ends) -> None:
+        """`RetrievingPolicy.insert`, captured when it is first called."""
+        if self._kv_RC2D is None:
+            self._kv_RC2D = kv_RC2D.clone()
+            with torch.cuda.graph(self._insert, capture_error_mode="thread_local"):
+                self._policy.insert(state, self._kv_RC2D, ends)
+        if self._kv_RC2D.shape != kv_RC2D.shape:
+            self._policy.insert(state, kv_RC2D, ends)
+            return
+        self._kv_RC2D.copy_(kv_RC2D)
+        self._insert.replay()

@@ -25,6 +25,8 @@ from segcore.state import State
 
 
 class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
+    capturable = True
+
     def __init__(self, config: SegmentedConfig, spec: ModelSpec, rope: Rope) -> None:
         if config.retrieved_tokens and config.selection == "global" and not config.selectors:
             raise ConfigError(

@@ -67,10 +67,9 @@ class LowRankIndex(KeyIndex):
         self._decoders = Pages((selectors, head_dim, rank), self._compute, self._spec.device, device_rows)
 
     def _append(self, keys_CND: Tensor) -> None:
-        # On the host: it needs the keys anyway, and decomposes a small matrix sooner than a GPU does.
-        keys = keys_CND.cpu()
-        self._exact.append(keys)
-        codes_CKN, decoder_CDK = _compress(keys, self._rank)
+        # On the device, wherever the keys come from: codes are the same when a stream is read back.
+        codes_CKN, decoder_CDK = _compress(keys_CND.to(self._spec.device), self._rank)
+        self._exact.append(keys_CND.cpu())
         self._codes.append(codes_CKN)
         self._decoders.append(decoder_CDK)
 
@@ -120,7 +119,8 @@ def _compress(keys_CND: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     The directions aren't centred: a mean is the first of them.
     """
     keys = keys_CND.float()
-    basis_CDK = torch.linalg.eigh(keys.mT @ keys).eigenvectors[..., -rank:]
+    # The host decomposes a small matrix sooner than a GPU does.
+    basis_CDK = torch.linalg.eigh((keys.mT @ keys).cpu()).eigenvectors[..., -rank:].to(keys.device)
     coordinates_CKN = (keys @ basis_CDK).mT
     steps_CK1 = coordinates_CKN.abs().amax(dim=2, keepdim=True).clamp_min(1e-30) / 127
     codes = (coordinates_CKN / steps_CK1).round().to(torch.int8)

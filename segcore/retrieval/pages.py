@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# With segments of 2,048 tokens a page holds 131,072.
+# With segments of 1,024 tokens a page holds 65,536.
 PAGE_ROWS = 64
 
 

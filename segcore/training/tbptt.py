@@ -107,7 +107,7 @@ class SegmentedTrainer:
         config: SegmentConfig,
         *,
         k: Depth = 1,
-        chunk_tokens: int = 2048,
+        chunk_tokens: int = 1024,
         checkpoint_layers: bool = False,
         host_bytes: int = 8 * GIB,
         selector_weight: float = 0.1,

@@ -37,7 +37,7 @@ class ServeConfig(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     segment: dict[str, Any] = {}
     heads: Path | None = None
-    chunk_tokens: int = Field(default=2048, ge=1)
+    chunk_tokens: int = Field(default=1024, ge=1)
     replicas: int = Field(default=1, ge=1)
     gpus_per_replica: float = Field(default=0, ge=0)
     host: str = "127.0.0.1"

@@ -42,7 +42,7 @@ def test_each_stream_attends_to_its_own_rows(heads, group, dim):
 
     def turn(x, position):
         swapped = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-        return x * cos[position] + swapped * sin[position]
+        return x * cos[position].to(x) + swapped * sin[position].to(x)
 
     for b, length in enumerate(LENGTHS):
         for h in range(heads):
@@ -50,10 +50,11 @@ def test_each_stream_attends_to_its_own_rows(heads, group, dim):
             row = base + filled[b]
             assert torch.equal(keys[row], k[b, h, 0])
             assert torch.equal(values[row], v[b, h, 0])
-            assert torch.equal(rotated[row], turn(k[b, h, 0], position + filled[b]))
+            turned = turn(k[b, h, 0].float(), position + filled[b])
+            torch.testing.assert_close(rotated[row].float(), turned, atol=1e-6, rtol=0.01)
             seen = slice(start, row + 1)
             want = reference_attention(
-                turn(q[b, h], position + filled[b])[None, :, None].double(),
+                turn(q[b, h].double(), position + filled[b])[None, :, None],
                 rotated[None, seen].double(),
                 values[None, seen].double(),
                 0.1,

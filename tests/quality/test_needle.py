@@ -90,7 +90,7 @@ def needles(model: segcore.LoadedModel, length: int, index: int) -> tuple[list[i
     filler = encode(essays_from(index)[: 6 * room])[:room]
     # Depths spread evenly over what neither the segment nor any tail holds at the end.
     depths = [(i + (index + 0.5) / STREAMS[length]) / NEEDLES for i in range(NEEDLES)]
-    places = [int(depth * (1 - 2400 / length) * room) for depth in depths]
+    places = [int(depth * (1 - 1800 / length) * room) for depth in depths]
     body: list[int] = []
     for needle, start, end in zip([[], *hidden], [0, *places], [*places, room], strict=True):
         body += [*needle, *filler[start:end]]
