@@ -66,7 +66,7 @@ def _trained_parameters(config: TrainConfig, model: Any) -> int:
         return 0
     linears = ((name.rpartition(".")[2], m) for name, m in model.base_model.named_modules() if isinstance(m, nn.Linear))
     wanted = (m for name, m in linears if config.lora.modules is None or name in config.lora.modules)
-    return int(sum(config.lora.rank * (linear.in_features + linear.out_features) for linear in wanted))
+    return sum(config.lora.rank * int(linear.in_features + linear.out_features) for linear in wanted)
 
 
 def _activation_bytes(config: TrainConfig, segment: SegmentConfig, shape: Any, b: int) -> int:
@@ -76,7 +76,7 @@ def _activation_bytes(config: TrainConfig, segment: SegmentConfig, shape: Any, b
     # Two norms with their wide copies, queries before and after rotation, attention's output; gate, up, their product.
     layer = size * (2 * shape.hidden_size * (b + wide) + 4 * heads * b + 4 * shape.intermediate_size * b)
     kept = 1 if config.checkpoint_layers else shape.num_hidden_layers
-    return kept * layer + shape.num_hidden_layers * size * shape.hidden_size * b
+    return int(kept * layer + shape.num_hidden_layers * size * shape.hidden_size * b)
 
 
 def _state_bytes(
