@@ -154,12 +154,16 @@ def apart(options: argparse.Namespace, arm: str, shape: str, length: int, k: str
     return found
 
 
+def short(length: int) -> str:
+    return str(length) if length % 1024 else f"{length // 1024}k"
+
+
 def figures(
     shape: str, k: str, ours: dict[int, Any], peer: dict[int, Any], options: argparse.Namespace
 ) -> Iterator[Figure]:
     """k: its suffix, "" for the first. ours, peer: by length."""
     for length, run in ours.items():
-        name = f"{length // 1024}k_{shape}{k}"
+        name = f"{short(length)}_{shape}{k}"
         yield f"train_{name}", length / run["seconds"], "tokens/s", None, None
         yield f"train_peak_gib_{name}", run["peak_gib"], "GiB", None, None
         if length in peer:
@@ -170,8 +174,8 @@ def figures(
     if len(ours) > 1:
         least, most = min(ours), max(ours)
         growth = ours[most]["peak_gib"] / ours[least]["peak_gib"] - 1
-        name = f"train_peak_growth_{most // 1024}k_{shape}{k}"
-        yield name, growth, f"share of that at {least // 1024}k", "<= 0.05", None
+        name = f"train_peak_growth_{short(most)}_{shape}{k}"
+        yield name, growth, f"share of that at {short(least)}", "<= 0.05", None
 
 
 def main() -> None:
