@@ -76,6 +76,7 @@ def ours(shape: Shape, options: argparse.Namespace) -> Step:
         chunk_tokens=options.segment,
         checkpoint_layers=options.checkpoint,
         host_bytes=96 * GIB,
+        attention=options.attention,
     )
     optimizer = adamw(trainer.parameters)
 
@@ -136,12 +137,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 def apart(options: argparse.Namespace, arm: str, shape: str, length: int, k: str) -> dict[str, float] | None:
     """`measure` in a process of its own; None if it failed, for want of memory as a rule."""
     flags = [f"--{name}" for name in ("compile", "checkpoint") if getattr(options, name)]
-    values = {
-        "device": options.device,
-        "segment": options.segment,
-        "rounds": options.rounds,
-        "threads": options.threads,
-    }
+    values = {name: getattr(options, name) for name in ("device", "segment", "rounds", "threads", "attention")}
     command = [sys.executable, *COMMAND.split(), "--one", arm, "--shapes", shape, "--lengths", str(length), "--k", k]
     command += [*flags, *(str(part) for name, value in values.items() for part in (f"--{name}", value))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -154,12 +150,16 @@ def apart(options: argparse.Namespace, arm: str, shape: str, length: int, k: str
     return found
 
 
+def short(length: int) -> str:
+    return str(length) if length % 1024 else f"{length // 1024}k"
+
+
 def figures(
     shape: str, k: str, ours: dict[int, Any], peer: dict[int, Any], options: argparse.Namespace
 ) -> Iterator[Figure]:
     """k: its suffix, "" for the first. ours, peer: by length."""
     for length, run in ours.items():
-        name = f"{length // 1024}k_{shape}{k}"
+        name = f"{short(length)}_{shape}{k}"
         yield f"train_{name}", length / run["seconds"], "tokens/s", None, None
         yield f"train_peak_gib_{name}", run["peak_gib"], "GiB", None, None
         if length in peer:
@@ -170,8 +170,8 @@ def figures(
     if len(ours) > 1:
         least, most = min(ours), max(ours)
         growth = ours[most]["peak_gib"] / ours[least]["peak_gib"] - 1
-        name = f"train_peak_growth_{most // 1024}k_{shape}{k}"
-        yield name, growth, f"share of that at {least // 1024}k", "<= 0.05", None
+        name = f"train_peak_growth_{short(most)}_{shape}{k}"
+        yield name, growth, f"share of that at {short(least)}", "<= 0.05", None
 
 
 def main() -> None:
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="ours lets torch fuse what stands around attention")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--attention", default="auto", help="ours; see EngineConfig")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     parser.add_argument("--one", choices=["ours", "peer"], help=argparse.SUPPRESS)

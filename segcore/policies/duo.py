@@ -18,6 +18,7 @@ class DuoPolicy(HybridPolicy[DuoConfig]):
         if not config.retrieval:
             raise ConfigError(
                 f"policy 'duo' needs the retrieval heads of {spec.architecture}: set retrieval to (layer, KV head)"
-                " pairs (`segcore.training.gates` learns them), or choose policy 'streaming' to have none"
+                " pairs (`segcore heads` finds candidates, `segcore.training.gates` learns them), or choose policy"
+                " 'streaming' to have none"
             )
         super().__init__(config, spec, rope, config.retrieval)

@@ -95,6 +95,8 @@ class SegmentedTrainer:
     checkpoint_layers: keep a layer's input alone, and run it again once per backward pass (K + 1, or one).
     host_bytes: budget for a stream's past KV; more raises StorageFull.
 
+    attention: as the engine's; "auto" measures forward passes alone.
+
     The model's query maps, if they ask for gradients, are taught what streams say that marks need; with
     `attention_teaches`, of streams that say nothing, what full attention pays to. selector_weight: of their loss.
 
@@ -112,13 +114,14 @@ class SegmentedTrainer:
         host_bytes: int = 8 * GIB,
         selector_weight: float = 0.1,
         attention_teaches: bool = False,
+        attention: str = "auto",
     ) -> None:
         if k != "all" and (not isinstance(k, int) or k < 0):
             raise ConfigError(f"k={k!r} must be a whole number of at least 0, or 'all'")
         if chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1")
         self.model, self.config, self.k, self.chunk_tokens = model, config, k, chunk_tokens
-        self._runner, self._checkpoint = Runner(model, config), checkpoint_layers
+        self._runner, self._checkpoint = Runner(model, config, attention), checkpoint_layers
         self._selector_weight, self._attention_teaches = selector_weight, attention_teaches
         # Nobody may find these blocks: the next step changes the weights that they depend on.
         cache = CacheConfig(host_bytes=host_bytes, reuse=False)

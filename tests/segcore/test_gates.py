@@ -97,6 +97,13 @@ def test_the_cells_that_matter_keep_their_gates(lm):
     assert report.retrieval in by_distance[:2]
 
 
+def test_gates_stay_between_nought_and_one(lm):
+    trainer = GateTrainer(lm, CONFIG)
+    trainer.gates_LH.data.copy_(torch.tensor([[-0.2, 1.3], [0.0, 0.4]], dtype=torch.float64))
+    trainer.clamp()
+    assert trainer.gates_LH.tolist() == [[0.0, 1.0], [0.0, 0.4]]
+
+
 @pytest.mark.parametrize("stream", [TrainingStream("s", STREAM.repeat(5)), TrainingStream("s", STREAM[:1])])
 def test_streams_that_teach_nothing_are_refused(lm, stream):
     with pytest.raises(InvalidInput, match="within 512 positions"):
