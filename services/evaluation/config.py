@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from segcore.adapter import Adapter
 from segcore.config import GIB, SegmentConfig
 from segcore.errors import ConfigError
 from segcore.presets import DEFAULT_MODEL, model_segment
@@ -66,7 +67,7 @@ class ArmSection(Section):
     """What is judged: a model under a policy, in this process's engine; or a service that runs.
 
     segment: "policy", and its options that differ from the model's preset or the policy's defaults. heads: a file of
-    `segcore heads`. adapter: the directory of one; without a segment, its own policy is taken.
+    `segcore heads`. adapter: the directory of one, whose policy is then the preset.
     service: the address of a segcore service, HOST:PORT. url: of an OpenAI-compatible endpoint, such as
     http://HOST:PORT/v1, with `served_model`, the model's name there.
     """
@@ -101,13 +102,8 @@ class ArmSection(Section):
 
     def segment_config(self, model: str) -> SegmentConfig:
         """Raises ConfigError."""
-        if self.adapter is not None and not self.segment and self.heads is None:
-            from segcore.adapter import Adapter
-
-            trained = Adapter.read(self.adapter).segment
-            if trained is not None:
-                return trained
-        return model_segment(model, self.segment, preset=self.preset, heads=self.heads)
+        trained = None if self.adapter is None else Adapter.read(self.adapter).segment
+        return model_segment(model, self.segment, preset=self.preset, trained=trained, heads=self.heads)
 
 
 class WorkersSection(Section):
