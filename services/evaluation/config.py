@@ -69,7 +69,8 @@ class ArmSection(Section):
     segment: "policy", and its options that differ from the model's preset or the policy's defaults. heads: a file of
     `segcore heads`. adapter: the directory of one, whose policy is then the preset.
     service: the address of a segcore service, HOST:PORT. url: of an OpenAI-compatible endpoint, such as
-    http://HOST:PORT/v1, with `served_model`, the model's name there.
+    http://HOST:PORT/v1, with `served_model`, the model's name there; key_variable: the environment variable that holds
+    the key to it, if it asks for one. timeout_s: what it may take between two of its words.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]*$")
@@ -82,6 +83,7 @@ class ArmSection(Section):
     service: str | None = None
     url: str | None = None
     served_model: str | None = None
+    key_variable: str | None = None
     timeout_s: float = Field(default=600, gt=0)
 
     @model_validator(mode="after")

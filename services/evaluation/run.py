@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from segcore.errors import ConfigError, SegcoreError
 from services.evaluation.cases import Case, Suite, open_suites
@@ -64,7 +64,7 @@ def evaluate(config: EvalConfig, *, address: str | None = None, on_result: OnRes
     told(len(results.results), len(plan.keys), "")
     if left:
         with _ray(config, address):
-            for result in _dealt(plan, left):
+            for result in dealt(plan, left, _Pool(config)):
                 results.add(result)
                 told(len(results.results), len(plan.keys), result["arm"])
     assert set(results.results) == set(plan.keys), "a case was lost"
@@ -85,6 +85,17 @@ def check_settings(plan: Plan) -> None:
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1))
+
+
+class Pool(Protocol):
+    """What does the cases; `_Pool`, but for tests."""
+
+    def start(self, worker: Any | None, key: Key, case: Case) -> None: ...
+
+    def wait(self) -> tuple[Any | None, Key, Result | None]: ...
+
+    @property
+    def busy(self) -> bool: ...
 
 
 @contextmanager
@@ -120,53 +131,52 @@ class _Pool:
 
         from services.evaluation.worker import Worker
 
-        needs = config.workers
-        self._config, self._idle = config, 0
+        needs, self._settings = config.workers, config.model_dump(mode="json")
         self._make = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus)(Worker)
         self._busy: dict[Any, tuple[Any, Key]] = {}
 
-    def start(self, worker: Any, key: Key, case: Case) -> None:
-        actor = worker or self._make.remote(self._config.model_dump(mode="json"))
+    def start(self, worker: Any | None, key: Key, case: Case) -> None:
+        """Give a case to a worker that is idle, or to a new one."""
+        actor = worker or self._make.remote(self._settings)
         self._busy[actor.run.remote(key[0], tuple(case))] = actor, key
 
-    def wait(self) -> tuple[Any, Key, Any]:
-        """A worker that is done, with its case and its future."""
+    def wait(self) -> tuple[Any | None, Key, Result | None]:
+        """A worker that is done, and its result; None for both if it died. Raises what the worker raised."""
         import ray
+        from ray.exceptions import RayActorError, RayTaskError
 
         (future, *_), _ = ray.wait(list(self._busy))
         actor, key = self._busy.pop(future)
-        return actor, key, future
+        try:
+            return actor, key, ray.get(future)
+        except RayActorError:
+            return None, key, None
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, SegcoreError) else error from None
 
     @property
-    def size(self) -> int:
-        return len(self._busy)
+    def busy(self) -> bool:
+        return bool(self._busy)
 
 
-def _dealt(plan: Plan, left: list[Key]) -> Iterator[Result]:
-    """The results of all these, each once, in the order in which they come. Raises what a worker raises."""
-    import ray
-    from ray.exceptions import RayActorError, RayTaskError
-
-    pool, waiting, deaths = _Pool(plan.config), deque(left), dict.fromkeys(left, 0)
-    idle: list[Any] = [None] * min(plan.config.workers.count, len(left))
-    while waiting or pool.size:
+def dealt(plan: Plan, left: list[Key], pool: Pool) -> Iterator[Result]:
+    """The results of all these, each once, in the order in which they come."""
+    waiting, deaths = deque(left), dict.fromkeys(left, 0)
+    idle: list[Any | None] = [None] * min(plan.config.workers.count, len(left))
+    while waiting or pool.busy:
         while waiting and idle:
             key = waiting.popleft()
             pool.start(idle.pop(), key, plan.cases[key[1]])
-        actor, key, future = pool.wait()
-        try:
-            yield ray.get(future)
-            idle.append(actor)
-        except RayActorError:
-            idle.append(None)
-            deaths[key] += 1
-            if deaths[key] > plan.config.workers.failures:
-                yield _given_up(plan, key, deaths[key])
-            else:
-                waiting.appendleft(key)
-        except RayTaskError as error:
-            cause = error.cause
-            raise cause if isinstance(cause, SegcoreError) else error from None
+        worker, key, result = pool.wait()
+        idle.append(worker)
+        if result is not None:
+            yield result
+            continue
+        deaths[key] += 1
+        if deaths[key] > plan.config.workers.failures:
+            yield _given_up(plan, key, deaths[key])
+        else:
+            waiting.appendleft(key)
 
 
 def _given_up(plan: Plan, key: Key, deaths: int) -> Result:

@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
-from segcore.errors import SegcoreError
+from segcore.errors import SegcoreError, Unavailable
 from segcore.tasks.base import Item
 from segcore.weights import LoadedModel, load_model
 from services.evaluation.arms import Answer, Arm, EngineArm, as_record
 from services.evaluation.cases import Case, Frame, open_suites
 from services.evaluation.config import ArmSection, EvalConfig
+from services.evaluation.endpoint import EndpointArm
 from services.evaluation.results import Result
 from services.evaluation.scores import METRICS
+from services.served import ServedArm
 
 # Characters of a needed passage that a result tells.
 TOLD = 300
@@ -34,7 +36,10 @@ class Worker:
         self._arm: tuple[str, Arm] | None = None
 
     def run(self, arm: str, case: Case) -> Result:
-        """A case's result under an arm; what can't be answered is a result too. Doesn't raise SegcoreError for it."""
+        """A case's result under an arm; what can't be answered is a result too.
+
+        Raises SegcoreError if the arm can't be had, or the item can't be made.
+        """
         case = Case(*case)
         suite = self._suites[case.task]
         item = suite.item(case, self.frame)
@@ -47,9 +52,11 @@ class Worker:
             "item": item.name,
             "facts": item.facts,
         }
+        section, opened = suite.section, self._opened(arm)
         try:
-            section = suite.section
-            answers = self._opened(arm).answers(item, section.max_tokens, section.lead, self._config.truncate)
+            answers = opened.answers(item, section.max_tokens, section.lead, self._config.truncate)
+        except Unavailable:
+            raise  # another time it may do: the case stays without a result, and the run can go on later
         except SegcoreError as error:
             return result | {"error": {"kind": type(error).__name__, "message": error.message}}
         turns = [self._judged(item, i, answer) for i, answer in enumerate(answers)]
@@ -87,6 +94,10 @@ class Worker:
         return self._arm[1]
 
     def _open(self, section: ArmSection) -> Arm:
+        if section.service is not None:
+            return ServedArm(section.service)
+        if section.url is not None:
+            return EndpointArm(section)
         name = section.model or self._config.model
         model = self._model(name, section.dtype, None if section.adapter is None else str(section.adapter))
         return EngineArm(model, section.segment_config(name), self._config.past_bytes)
