@@ -6,10 +6,9 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+
+import requests
 
 from segcore.errors import ConfigError, InvalidRequest, Unavailable
 from segcore.tasks.base import Item, Turn
@@ -26,17 +25,24 @@ class EndpointArm:
     def __init__(self, section: ArmSection) -> None:
         assert section.url is not None
         self._url, self._model, self._timeout_s = section.url.rstrip("/"), section.served_model, section.timeout_s
-        self._headers = {"Content-Type": "application/json"}
+        self._session = requests.Session()
         if section.key_variable is not None:
             if section.key_variable not in os.environ:
                 raise ConfigError(f"arm {section.name!r}: the environment has no {section.key_variable}")
-            self._headers["Authorization"] = f"Bearer {os.environ[section.key_variable]}"
+            self._session.headers["Authorization"] = f"Bearer {os.environ[section.key_variable]}"
+        try:
+            self._check_model()
+        except Exception:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _check_model(self) -> None:
         models = [model.get("id") for model in self._json("/models").get("data", [])]
         if self._model not in models:
             raise ConfigError(f"{self._url} serves {', '.join(map(str, models)) or 'nothing'}, and not {self._model!r}")
-
-    def close(self) -> None:
-        pass
 
     def answers(self, item: Item, max_tokens: int, lead: Lead, truncate: bool) -> list[Answer]:
         return [self._answer(item, turn, max_tokens, lead) for turn in item.turns]
@@ -67,38 +73,41 @@ class EndpointArm:
 
     def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """What a stream of server-sent events holds. One that ends early is an error."""
-        with self._open(path, body) as response:
+        with self._response(path, body) as response:
             try:
-                for line in response:
+                for line in response.iter_lines(chunk_size=1):
                     data = line.decode().strip().removeprefix("data:").strip()
                     if data == "[DONE]":
                         return
                     if data.startswith("{"):
                         yield json.loads(data)
-            except (OSError, HTTPException, ValueError) as error:
+            except (requests.RequestException, ValueError) as error:
                 raise Unavailable(f"{self._url}{path} broke off: {error}") from error
         raise Unavailable(f"{self._url}{path} ended its answer without saying so")
 
     def _json(self, path: str) -> dict[str, Any]:
-        with self._open(path) as response:
+        with self._response(path) as response:
             try:
-                return dict(json.loads(response.read()))
-            except (OSError, HTTPException, ValueError, TypeError) as error:
+                return dict(response.json())
+            except (requests.RequestException, ValueError, TypeError) as error:
                 raise ConfigError(f"{self._url}{path} doesn't answer as OpenAI's would: {error}") from error
 
-    def _open(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _response(self, path: str, body: dict[str, Any] | None = None) -> requests.Response:
         """The response, after some attempts. Raises InvalidRequest for what it refuses, else Unavailable."""
-        data = None if body is None else json.dumps(body).encode()
-        failure: Exception | None = None
+        failure: object = None
         for wait_s in (*RETRY_S, 0.0):
             try:
-                return urlopen(Request(self._url + path, data, self._headers), timeout=self._timeout_s)
-            except HTTPError as error:
-                told = error.read(2000).decode(errors="replace")
-                if error.code < 500 and error.code not in (408, 429):
-                    raise InvalidRequest(f"{self._url}{path} answers {error.code}: {told}") from error
+                response = self._session.request(
+                    "GET" if body is None else "POST", self._url + path, json=body, stream=True, timeout=self._timeout_s
+                )
+            except requests.RequestException as error:
                 failure = error
-            except (OSError, HTTPException) as error:
-                failure = error
+            else:
+                if response.ok:
+                    return response
+                with response:
+                    failure = f"{response.status_code}: {response.text[:2000]}"
+                if response.status_code < 500 and response.status_code not in (408, 429):
+                    raise InvalidRequest(f"{self._url}{path} answers {failure}")
             time.sleep(wait_s)
-        raise Unavailable(f"{self._url}{path} doesn't answer: {failure}") from failure
+        raise Unavailable(f"{self._url}{path} doesn't answer: {failure}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -25,8 +27,8 @@ ITEM = Item(
 class Handler(BaseHTTPRequestHandler):
     """moods: what the next requests for completions meet; then "good"."""
 
-    moods: list[str] = []
-    asked: list[dict] = []
+    moods: ClassVar[list[str]] = []
+    asked: ClassVar[list[dict]] = []
 
     def log_message(self, *_):
         pass
@@ -41,7 +43,8 @@ class Handler(BaseHTTPRequestHandler):
         if mood in ("400", "500", "429"):
             return self.reply(int(mood), {"error": "context length exceeded"})
         if mood == "slow":
-            threading.Event().wait(1.5)
+            threading.Event().wait(1)
+            return None
         self.send_response(200)
         self.end_headers()
         for word in ("Be", "cause"):
@@ -78,7 +81,8 @@ def arm(url, **changes):
 
 
 def test_turns_are_asked_one_by_one_and_greedily(url):
-    first, second = arm(url).answers(ITEM, 9, "question", False)
+    with closing(arm(url)) as opened:
+        first, second = opened.answers(ITEM, 9, "question", False)
     assert (first.text, first.prompt_tokens, first.answer_tokens) == ("Because", 7, 2)
     assert first.first_token_s > 0
     assert [body["messages"] for body in Handler.asked] == [
@@ -91,7 +95,8 @@ def test_turns_are_asked_one_by_one_and_greedily(url):
 
 def test_an_endpoint_in_trouble_is_asked_again(url):
     Handler.moods = ["500", "429", "good"]
-    assert arm(url).answers(ITEM, 9, "none", False)[0].text == "Because"
+    with closing(arm(url)) as opened:
+        assert opened.answers(ITEM, 9, "none", False)[0].text == "Because"
 
 
 @pytest.mark.parametrize(
@@ -105,8 +110,8 @@ def test_an_endpoint_in_trouble_is_asked_again(url):
 )
 def test_what_goes_wrong_is_told(url, moods, error, message):
     Handler.moods = moods
-    with pytest.raises(error, match=message):
-        arm(url, timeout_s=0.3).answers(ITEM, 9, "none", False)
+    with closing(arm(url, timeout_s=0.3)) as opened, pytest.raises(error, match=message):
+        opened.answers(ITEM, 9, "none", False)
 
 
 def test_an_endpoint_without_the_model_is_refused(url):
@@ -123,5 +128,6 @@ def test_a_key_comes_from_the_environment(url, monkeypatch):
     with pytest.raises(ConfigError, match="no SOME_KEY"):
         arm(url, key_variable="SOME_KEY")
     monkeypatch.setenv("SOME_KEY", "abc")
-    arm(url, key_variable="SOME_KEY").answers(ITEM, 9, "none", False)
+    with closing(arm(url, key_variable="SOME_KEY")) as opened:
+        opened.answers(ITEM, 9, "none", False)
     assert Handler.asked[0]["key"] == "Bearer abc"
