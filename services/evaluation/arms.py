@@ -13,6 +13,7 @@ from segcore.config import CacheConfig, EngineConfig, SegmentConfig
 from segcore.engine.engine import Engine
 from segcore.engine.request import Generation
 from segcore.errors import LimitExceeded
+from segcore.reading import token_losses
 from segcore.sampling import SamplingParams
 from segcore.tasks.base import Item, Turn
 from segcore.text import AnswerText
@@ -64,11 +65,18 @@ class EngineArm:
     def __init__(self, model: LoadedModel, segment: SegmentConfig, past_bytes: int) -> None:
         # Nothing is taken over from earlier items: each is prefilled, and timed.
         cache = CacheConfig(host_bytes=past_bytes, reuse=False)
-        self._model, self._segment = model, segment
+        self._model, self._segment, self._past_bytes = model, segment, past_bytes
         self._engine = Engine(model.lm, model.identified(EngineConfig(segment=segment, cache=cache, slots=2)))
 
     def close(self) -> None:
         self._engine.shutdown()
+
+    def losses(self, text: str, tokens: int) -> list[float]:
+        """Minus log likelihood of each of a text's first tokens but the very first, in nats."""
+        head = self._model.chat.head if not self._model.chat.header else []  # such as a beginning-of-sequence token
+        made = torch.tensor([*head, *self._model.tokenizer.encode_pieces(text).tokens][:tokens])
+        found: list[float] = token_losses(self._model.lm, self._segment, made, past_bytes=self._past_bytes).tolist()
+        return found
 
     def answers(self, item: Item, max_tokens: int, lead: Lead, truncate: bool) -> list[Answer]:
         stream, session = _Stream(self._model, item), uuid.uuid4().hex

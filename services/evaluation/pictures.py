@@ -53,6 +53,27 @@ def grid(summary: Summary, task: str) -> str:
     return _svg(figure)
 
 
+def positions(summary: Summary, task: str) -> str | None:
+    """Perplexity by position; None for tasks that have none."""
+    found = {arm: summary.perplexities(task, arm) for arm in summary.arms}
+    if not any(found.values()):
+        return None
+    figure, axes = _figure(4.6, 2.7)
+    for arm, curve in found.items():
+        if curve:
+            firsts, values = list(curve), list(curve.values())
+            axes.stairs(
+                values, [*firsts, 2 * firsts[-1] or 256], baseline=None, color=colour(summary, arm), label=arm, lw=1.6
+            )
+    axes.set_xscale("symlog", base=2, linthresh=256)
+    starts = sorted({first for curve in found.values() for first in curve})
+    axes.set_xticks(starts, [_short(first) if first else "0" for first in starts], fontsize=7)
+    axes.set_xlabel("position", fontsize=8)
+    axes.set_ylabel("perplexity", fontsize=8)
+    axes.legend(fontsize=7, frameon=False)
+    return _svg(figure)
+
+
 def costs(summary: Summary, name: str, unit: str) -> str | None:
     """One of the figures by length; None if no arm has it."""
     figure, axes = _figure(3.6, 2.3)

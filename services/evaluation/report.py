@@ -122,6 +122,8 @@ def _task(summary: Summary, task: str) -> str:
         figures.append(_figure_of(pictures.curves(summary, task), "score by length, 95% intervals"))
     if len(summary.depths(task)) > 1:
         figures.append(_figure_of(pictures.grid(summary, task), "score by length and depth, in percent"))
+    if (by_position := pictures.positions(summary, task)) is not None:
+        figures.append(_figure_of(by_position, "perplexity of the tokens from each position on"))
     agreement = _agreement(summary, task)
     return f"<h2>{escape(task)}</h2>{''.join(figures)}{agreement}" if figures or agreement else ""
 
@@ -152,7 +154,7 @@ def _examples(summary: Summary) -> str:
     parts = []
     for arm in summary.arms:
         for task in summary.tasks:
-            wrong = [r for r in summary.of(arm=arm, task=task) if r.get("score", 1) < 1][:SHOWN]
+            wrong = [r for r in summary.of(arm=arm, task=task) if r.get("score", 1) < 1 and "turns" in r][:SHOWN]
             parts += [_example(result) for result in wrong]
     failed = [result for result in summary.results if "error" in result]
     kinds = {(r["arm"], r["task"], r["error"]["kind"]): r for r in reversed(failed)}

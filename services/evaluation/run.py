@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from segcore.errors import ConfigError, SegcoreError
-from services.evaluation.cases import Case, Suite, open_suites
 from services.evaluation.config import EvalConfig
 from services.evaluation.results import Key, Result, ResultFile
+from services.evaluation.tasks.base import Case, Suite
+from services.evaluation.tasks.registry import open_suites
 from services.local_ray import prepare_ray
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"

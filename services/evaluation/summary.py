@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,9 +110,20 @@ class Summary:
         values = [value for turn in turns if (value := _FIGURES[name](turn)) is not None]
         return float(np.mean(values) if name == "recall" else np.median(values)) if values else None
 
+    def perplexities(self, task: str, arm: str) -> dict[int, float]:
+        """By the position where a bucket begins; empty for tasks that have none."""
+        sums: dict[int, list[float]] = {}
+        for result in self.of(task=task, arm=arm):
+            for first, (loss, count) in result.get("nats", {}).items():
+                bucket = sums.setdefault(int(first), [0.0, 0.0])
+                bucket[0] += loss
+                bucket[1] += count
+        return {first: math.exp(loss / count) for first, (loss, count) in sorted(sums.items())}
+
     def agreement(self, arm: str, other: str, **wanted: Any) -> float | None:
         """The share of items to which two arms give the same answers, word for word."""
-        same = [_texts(a) == _texts(b) for a, b in paired(self.of(arm=arm, **wanted), self.of(arm=other, **wanted))]
+        both = paired(self.of(arm=arm, **wanted), self.of(arm=other, **wanted))
+        same = [_texts(a) == _texts(b) for a, b in both if "turns" in a]
         return sum(same) / len(same) if same else None
 
     def best(self, **wanted: Any) -> str | None:

@@ -7,19 +7,15 @@ from typing import Any
 
 import torch
 
-from segcore.errors import SegcoreError, Unavailable
-from segcore.tasks.base import Item
+from segcore.errors import ConfigError, SegcoreError, Unavailable
 from segcore.weights import LoadedModel, load_model
-from services.evaluation.arms import Answer, Arm, EngineArm, as_record
-from services.evaluation.cases import Case, Frame, open_suites
+from services.evaluation.arms import Arm, EngineArm
 from services.evaluation.config import ArmSection, EvalConfig
 from services.evaluation.endpoint import EndpointArm
 from services.evaluation.results import Result
-from services.evaluation.scores import METRICS
+from services.evaluation.tasks.base import Case, Frame
+from services.evaluation.tasks.registry import open_suites
 from services.served import ServedArm
-
-# Characters of a needed passage that a result tells.
-TOLD = 300
 
 
 class Worker:
@@ -41,27 +37,14 @@ class Worker:
         Raises SegcoreError if the arm can't be had, or the item can't be made.
         """
         case = Case(*case)
-        suite = self._suites[case.task]
-        item = suite.item(case, self.frame)
-        result: Result = {
-            "arm": arm,
-            "case": case.id,
-            "task": case.task,
-            "length": case.length,
-            "depth": case.depth,
-            "item": item.name,
-            "facts": item.facts,
-        }
-        section, opened = suite.section, self._opened(arm)
+        told = {"arm": arm, "case": case.id, "task": case.task, "length": case.length, "depth": case.depth}
+        opened = self._opened(arm)
         try:
-            answers = opened.answers(item, section.max_tokens, section.lead, self._config.truncate)
-        except Unavailable:
-            raise  # another time it may do: the case stays without a result, and the run can go on later
+            return told | self._suites[case.task].result(case, self.frame, opened)
+        except (Unavailable, ConfigError):
+            raise  # nothing of the case's own: it stays without a result, and the run can go on later
         except SegcoreError as error:
-            return result | {"error": {"kind": type(error).__name__, "message": error.message}}
-        turns = [self._judged(item, i, answer) for i, answer in enumerate(answers)]
-        scores = {name: sum(turn["scores"][name] for turn in turns) / len(turns) for name in METRICS}
-        return result | {"score": scores[suite.metric], "scores": scores, "turns": turns}
+            return told | {"error": {"kind": type(error).__name__, "message": error.message}}
 
     def close(self) -> None:
         if self._arm is not None:
@@ -75,16 +58,6 @@ class Worker:
             name = self._config.tokenizer or self._config.model
             self._frame = Frame.of(self._model(name, "auto", None).tokenizer)
         return self._frame
-
-    def _judged(self, item: Item, turn: int, answer: Answer) -> dict[str, Any]:
-        said = item.turns[turn]
-        return {
-            "question": said.question,
-            "expected": said.expected,
-            "needed": [item.document[start:end][:TOLD] for start, end in said.needed],
-            "scores": {name: metric(answer.text, said.expected, said.match) for name, metric in METRICS.items()},
-            **as_record(answer),
-        }
 
     def _opened(self, name: str) -> Arm:
         if self._arm is None or self._arm[0] != name:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
+from segcore.errors import ConfigError, LimitExceeded
 from segcore.tasks.base import Item, Span, Turn
 from segcore.weights import load_model
 from services.evaluation.arms import EngineArm
@@ -14,6 +16,8 @@ from services.evaluation.config import EvalConfig
 from services.evaluation.report import html
 from services.evaluation.scores import exact, f1, match
 from services.evaluation.summary import Interval, Summary, difference
+from services.evaluation.tasks.base import Frame
+from services.evaluation.tasks.registry import open_suites
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,6 @@ def test_a_lead_may_end_the_question_or_begin_the_answer(arm):
 
 
 def test_documents_are_cut_only_if_asked_and_then_told(model_directory, values):
-    from segcore.errors import LimitExceeded
 
     config = EvalConfig.model_validate(values("x"))
     model = load_model(str(model_directory), dtype="float64", device="cpu")
@@ -162,3 +165,26 @@ def test_documents_are_cut_only_if_asked_and_then_told(model_directory, values):
         assert max(first.prompt_tokens, second.prompt_tokens) == 508
     finally:
         full.close()
+
+
+def test_perplexity_is_told_by_position(model_directory, values, arm):
+    config = EvalConfig.model_validate(values("x", tasks=[{"task": "perplexity", "lengths": [700], "items": 1}]))
+    suite = open_suites(config)["perplexity"]
+    (case,) = suite.cases()
+    model = load_model(str(model_directory), dtype="float64", device="cpu")
+    result = suite.result(case, Frame.of(model.tokenizer), arm)
+    counts = {first: count for first, (_, count) in result["nats"].items()}
+    assert counts == {"0": 256, "256": 256, "512": 187}  # the very first token has nothing before it
+    total = sum(loss for loss, _ in result["nats"].values())
+    assert result["score"] == pytest.approx(math.exp(-total / 699))
+    told = summary(
+        values, [{"arm": "full", "task": "perplexity", "length": 700, **result}], tasks=[{"task": "perplexity"}]
+    )
+    assert told.perplexities("perplexity", "full")[256] == pytest.approx(math.exp(result["nats"]["256"][0] / 256))
+    assert "perplexity of the tokens from each position" in html(told)
+
+
+@pytest.mark.parametrize("task", [{"lengths": []}, {"lengths": [100], "depths": [0.1]}, {"lengths": [100], "keys": 2}])
+def test_perplexity_takes_lengths_alone(values, task):
+    with pytest.raises(ConfigError, match="takes lengths"):
+        open_suites(EvalConfig.model_validate(values("x", tasks=[{"task": "perplexity", **task}])))
