@@ -177,9 +177,8 @@ def test_perplexity_is_told_by_position(model_directory, values, arm):
     assert counts == {"0": 256, "256": 256, "512": 187}  # the very first token has nothing before it
     total = sum(loss for loss, _ in result["nats"].values())
     assert result["score"] == pytest.approx(math.exp(-total / 699))
-    told = summary(
-        values, [{"arm": "full", "task": "perplexity", "length": 700, **result}], tasks=[{"task": "perplexity"}]
-    )
+    line = {"arm": "full", "case": case.id, "task": "perplexity", "length": 700, "depth": None, **result}
+    told = summary(values, [line], tasks=[{"task": "perplexity"}])
     assert told.perplexities("perplexity", "full")[256] == pytest.approx(math.exp(result["nats"]["256"][0] / 256))
     assert "perplexity of the tokens from each position" in html(told)
 
