@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from segcore.errors import ConfigError
-from services.evaluation.summary import Interval, Summary
+from services.evaluation.summary import FIGURES, Interval, Summary
 
 COLOURS = ("#1b5e8c", "#d1495b", "#3f7d20", "#8e5aa8", "#b5830f", "#4d5663", "#00798c", "#a23b16")
 
@@ -42,7 +42,8 @@ def grid(summary: Summary, task: str) -> str:
         image = axes.imshow(np.array(means, dtype=float), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         for row, values in enumerate(means):
             for column, value in enumerate(values):
-                axes.text(column, row, _percent(value), ha="center", va="center", fontsize=6, color="#222222")
+                ink = "#ffffff" if value < 0.15 or value > 0.85 else "#222222"
+                axes.text(column, row, _percent(value), ha="center", va="center", fontsize=6, color=ink)
         axes.set_title(arm, loc="left", fontsize=8)
         axes.set_xticks(range(len(lengths)), [_short(n) for n in lengths], fontsize=7)
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
@@ -74,9 +75,9 @@ def positions(summary: Summary, task: str) -> str | None:
     return _svg(figure)
 
 
-def costs(summary: Summary, name: str, unit: str) -> str | None:
+def costs(summary: Summary, name: str) -> str | None:
     """One of the figures by length; None if no arm has it."""
-    figure, axes = _figure(3.6, 2.3)
+    (figure, axes), (unit, scale) = _figure(3.6, 2.3), FIGURES[name]
     lengths = sorted({n for task in summary.tasks for n in summary.lengths(task)})
     drawn = False
     for arm in summary.arms:

@@ -100,8 +100,9 @@ def _cells(summary: Summary, task: str, length: int) -> str:
     out = []
     for arm in summary.arms:
         own = summary.of(task=task, length=length, arm=arm)
-        words = [_score(summary.score(task=task, length=length, arm=arm))]
-        if arm != baseline and (gain := difference(own, base)) is not None:
+        score, read = summary.score(task=task, length=length, arm=arm), bool(summary.perplexities(task, arm))
+        words = [_perplexity(score) if read else _score(score)]
+        if arm != baseline and not read and (gain := difference(own, base)) is not None:
             mean, low, high = (f"{100 * value:+.0f}" for value in gain[:3])
             words.append(f"<small>[{mean}: {low} to {high}]</small>")
         failed = summary.failures(task=task, length=length, arm=arm)
@@ -114,6 +115,12 @@ def _score(score: Interval | None) -> str:
     if score is None:
         return "–"
     return f"{100 * score.mean:.1f} <small>{100 * score.low:.0f}–{100 * score.high:.0f}, n {score.items}</small>"
+
+
+def _perplexity(score: Interval | None) -> str:
+    if score is None:
+        return "–"
+    return f"perplexity {1 / score.mean:.2f} <small>{1 / score.high:.2f}–{1 / score.low:.2f}, n {score.items}</small>"
 
 
 def _task(summary: Summary, task: str) -> str:
@@ -141,7 +148,7 @@ def _agreement(summary: Summary, task: str) -> str:
 
 
 def _costs(summary: Summary) -> str:
-    drawn = [(name, pictures.costs(summary, name, unit)) for name, unit in FIGURES.items()]
+    drawn = [(name, pictures.costs(summary, name)) for name in FIGURES]
     figures = [_figure_of(picture, _TITLES[name]) for name, picture in drawn if picture is not None]
     return f"<h2>Time, memory, recall</h2>{''.join(figures)}" if figures else ""
 

@@ -11,20 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from segcore.config import MIB
 from segcore.errors import NotFound
 from services.evaluation.config import EvalConfig
 from services.evaluation.results import Result, ResultFile
 from services.evaluation.run import RESULTS, SETTINGS, Plan
 
 RESAMPLES = 2000
-# Of an answer's figures, those that are told by arm and length, with their units.
+# Of an answer's figures, those that are told by arm and length: the unit of pictures, and how much of it one is.
 FIGURES = {
-    "prefill_tokens_per_s": "tokens/s",
-    "first_token_s": "s",
-    "answer_tokens_per_s": "tokens/s",
-    "device_bytes": "bytes",
-    "past_bytes_per_token": "bytes",
-    "recall": "share",
+    "prefill_tokens_per_s": ("tokens/s", 1),
+    "first_token_s": ("seconds", 1),
+    "answer_tokens_per_s": ("tokens/s", 1),
+    "device_bytes": ("MiB", MIB),
+    "past_bytes_per_token": ("bytes", 1),
+    "recall": ("share", 1),
 }
 
 
