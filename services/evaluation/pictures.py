@@ -83,9 +83,9 @@ def costs(summary: Summary, name: str) -> str | None:
     for arm in summary.arms:
         found = [(n, v) for n in lengths if (v := summary.figure(name, length=n, arm=arm)) is not None]
         if found:
-            axes.plot(
-                *zip(*found, strict=True), marker="o", markersize=3, color=colour(summary, arm), label=arm, lw=1.4
-            )
+            at, values = zip(*found, strict=True)
+            style = {"marker": "o", "markersize": 3, "lw": 1.4, "color": colour(summary, arm), "label": arm}
+            axes.plot(at, [value / scale for value in values], **style)
             drawn = True
     if not drawn:
         return None
