@@ -12,12 +12,13 @@ import re
 import string
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from itertools import islice
-from typing import NamedTuple
+from itertools import accumulate, islice
+from typing import Any, NamedTuple
 
 from segcore.errors import ConfigError
 from segcore.tasks.base import Item, Match, Turn
@@ -376,10 +377,36 @@ def _listed(name: str) -> list[str]:
     return [word.rstrip() for word in text.splitlines()]
 
 
+class _Pairs(Sequence[str]):
+    """All adjective-noun in alphabetical order, millions of them, made as they are asked for."""
+
+    def __init__(self, adjectives: list[str], nouns: list[str]) -> None:
+        self._nouns = sorted(set(nouns))
+        # Where "well-" stands before "well-kept-", their pairs are sorted together.
+        self._groups: list[list[str]] = []
+        for first in sorted(f"{word}-" for word in set(adjectives)):
+            if self._groups and first.startswith(self._groups[-1][0]):
+                self._groups[-1].append(first)
+            else:
+                self._groups.append([first])
+        self._starts = list(accumulate((len(self._of(i)) for i in range(len(self._groups))), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        group = bisect_right(self._starts, index) - 1
+        return self._of(group)[index - self._starts[group]]
+
+    def _of(self, group: int) -> Sequence[str]:
+        if len(self._groups[group]) == 1:
+            return [self._groups[group][0] + noun for noun in self._nouns]
+        return sorted({first + noun for first in self._groups[group] for noun in self._nouns})
+
+
 @lru_cache(maxsize=1)
-def pairs_of_words() -> list[str]:
-    nouns = _listed("noun")
-    return sorted({f"{adjective}-{noun}" for adjective in _listed("adjective") for noun in nouns})
+def pairs_of_words() -> Sequence[str]:
+    return _Pairs(_listed("adjective"), _listed("noun"))
 
 
 @lru_cache(maxsize=2)
