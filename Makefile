@@ -1,5 +1,5 @@
 # One word per developer act; CI uses the same words.
-.PHONY: setup redis demo test test-fast check format protos lock figures up down clean
+.PHONY: setup redis demo test test-fast test-gpu check format protos lock figures up down clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -43,6 +43,10 @@ test: setup redis
 
 test-fast: setup redis
 	$(TEST_ENV) $(BIN)/pytest -m "not slow and not e2e"
+
+# What only a GPU can show, on one.
+test-gpu: setup
+	$(TEST_ENV) $(BIN)/pytest tests/gpu
 
 check: setup
 	$(BIN)/ruff check .

@@ -46,6 +46,10 @@ class Adapter:
         return hashlib.sha256(text.encode()).hexdigest()[:40]
 
     @property
+    def has_lora(self) -> bool:
+        return PEFT_FILES[1] in self.sha256
+
+    @property
     def has_selectors(self) -> bool:
         return SELECTORS_FILE in self.sha256
 
@@ -53,13 +57,13 @@ class Adapter:
     def read(cls, directory: str | Path) -> Adapter:
         """Read and verify. Raises NotFound for what is no adapter's directory, ConfigError for a damaged one."""
         folder = Path(directory)
-        if missing := [name for name in PEFT_FILES if not (folder / name).is_file()]:
-            raise NotFound(
-                f"adapter {str(directory)!r} can't be loaded: it has no {' and no '.join(missing)}. Name a directory"
-                " that training or peft's save_pretrained wrote",
-                adapter=directory,
-            )
-        if not (folder / CARD).exists():
+        if not (folder / CARD).is_file():
+            if missing := [name for name in PEFT_FILES if not (folder / name).is_file()]:
+                raise NotFound(
+                    f"adapter {str(directory)!r} can't be loaded: it has no {' and no '.join(missing)}. Name a"
+                    " directory that training or peft's save_pretrained wrote",
+                    adapter=directory,
+                )
             config = _json(folder / PEFT_FILES[0])
             return cls(folder, str(config.get("base_model_name_or_path") or ""), "", None, hashes(folder, PEFT_FILES))
         card = _json(folder / CARD)

@@ -46,9 +46,9 @@ def segment_json(config: SegmentConfig) -> str:
     return json.dumps({"policy": config.policy, **dataclasses.asdict(config)}, sort_keys=True)
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A hash of a model's parameters and buffers: names, dtypes, shapes and every byte."""
-    tensors = sorted((name, tensor) for name, tensor in model.state_dict().items())
+def weights_digest(*modules: nn.Module) -> str:
+    """A hash of parameters and buffers, a model's for example: names, dtypes, shapes and every byte."""
+    tensors = sorted((name, tensor) for module in modules for name, tensor in module.state_dict().items())
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         digests = pool.map(_tensor_digest, (tensor for _, tensor in tensors))
     whole = blake2b(digest_size=20)

@@ -67,6 +67,8 @@ def merge_adapter(model: nn.Module, adapter: Adapter) -> None:
 
     Raises ConfigError, before any weight changes, for what isn't plain LoRA of this model's linear layers.
     """
+    if not adapter.has_lora:
+        return
     pairs, scale = read_lora(model, adapter)
     for name, (a_rI, b_Or) in pairs.items():
         weight = cast(nn.Linear, model.get_submodule(name)).weight

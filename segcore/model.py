@@ -15,9 +15,11 @@ import functools
 import inspect
 import sys
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from segcore.attention.sdpa import sdpa_attention
 from segcore.errors import UnsupportedModel
 
+if TYPE_CHECKING:
+    from segcore.retrieval.query_maps import QueryMaps
+
 ATTENTION_NAME = "segcore"
 # What transformers' model files call their rotation.
 ROTATION = "apply_rotary_pos_emb"
@@ -35,6 +40,14 @@ Rotate = Callable[..., tuple[Tensor, Tensor]]
 Rows = tuple[Tensor, Tensor, Tensor]
 # What reached attention, by layer: queries, [H*G, T, D], keys, [H, T, D], and the scale.
 Seen = dict[int, tuple[Tensor, Tensor, float]]
+
+
+class AttendTogether(ABC):
+    """What runs in place of the model's attention for a whole batch, once per layer."""
+
+    @abstractmethod
+    def __call__(self, layer: int, q_BHGTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, scale: float) -> Tensor:
+        """Takes unrotated queries and keys; returns the attention output, [B, H, G, T, D]."""
 
 
 class Attend(Protocol):
@@ -66,8 +79,18 @@ class Rope:
 
     def __init__(self, angles: nn.Module, rotate: Rotate, like: Tensor) -> None:
         self._angles, self._rotate, self._like = angles, rotate, like
-        self._rotate_into = _rotate_into
         self._cos_1ND, self._sin_1ND = self._table(1024)
+        self._rotate_into: Callable[..., Tensor] = partial(_rotate_into, rotate)
+        self.halves = self._turns_halves()
+
+    @property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, [N, D] each, as the rotation takes them. It may be another one once it has grown."""
+        return self._cos_1ND[0], self._sin_1ND[0]
+
+    def reserve(self, positions: int) -> None:
+        """Let the table hold so many positions."""
+        self._at(positions, 0)
 
     @property
     def rotary_dim(self) -> int:
@@ -92,11 +115,22 @@ class Rope:
     def into(self, rows: Rows, q_HTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, first_position: int) -> Tensor:
         """Rotate, write keys, rotated keys and values to `rows`, and return the rotated queries. No gradient passes."""
         cos, sin = self._at(first_position, k_HTD.shape[1])
-        return self._rotate_into(self._rotate, rows, q_HTD, k_HTD, v_HTD, cos, sin)
+        by_halves = self.halves and q_HTD.is_cpu and q_HTD.shape[-1] == self.rotary_dim
+        return (_turn_into if by_halves else self._rotate_into)(rows, q_HTD, k_HTD, v_HTD, cos, sin)
 
     def compile(self) -> None:
         """Let torch fuse `into`."""
-        self._rotate_into = torch.compile(_rotate_into)
+        self._rotate_into = torch.compile(partial(_rotate_into, self._rotate))
+
+    def _turns_halves(self) -> bool:
+        """Whether the model's function is the usual one: `_turn_into` gives the same, bit for bit."""
+        tokens, dim = self._cos_1ND.shape[1:]
+        generator = torch.Generator().manual_seed(0)
+        q, k = torch.randn(2, 1, tokens, dim, generator=generator).to(self._like)
+        ours, own = self._like.new_empty(2, 3, 1, tokens, dim)
+        given = (q, k, k, *self._at(0, tokens))
+        queries = _turn_into(ours.unbind(), *given), _rotate_into(self._rotate, own.unbind(), *given)
+        return torch.equal(*queries) and torch.equal(ours, own)
 
     def _at(self, first_position: int, tokens: int) -> tuple[Tensor, Tensor]:
         stop = first_position + tokens
@@ -112,6 +146,19 @@ def _rotate_into(
     for row, value in zip(rows, (k_HTD, rotated_k[0], v_HTD), strict=True):
         row.copy_(value)
     return rotated_q[0]
+
+
+def _turn_into(rows: Rows, q_HTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:
+    """`_rotate_into` by the usual rotation, x cos + (-x2, x1) sin, without a copy of the halves that change places."""
+    for row, value in zip(rows[::2], (k_HTD, v_HTD), strict=True):
+        row.copy_(value)
+    for x_HTD, out_HTD in ((q_HTD, q := torch.empty_like(q_HTD)), (k_HTD, rows[1])):
+        torch.mul(x_HTD, cos_1TD, out=out_HTD)
+        first, second = (x_HTD * sin_1TD).chunk(2, dim=-1)
+        to_first, to_second = out_HTD.chunk(2, dim=-1)
+        to_first -= second
+        to_second += first
+    return q
 
 
 def _defer_rotation(module: nn.Module) -> None:
@@ -144,7 +191,7 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    segcore_attend: Sequence[Attend],
+    segcore_attend: Sequence[Attend] | AttendTogether,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; [B, H*G, T, D] in, [B, T, H*G, D] out. Sequences beyond the callbacks pad."""
@@ -155,10 +202,13 @@ def _attention(
         if extra.get(term) is not None:
             raise UnsupportedModel(f"{type(module).__name__} can't be run exactly: its attention has a {term} term")
     layer, q_BHGTD = cast(int, module.layer_idx), query.view(batch, kv_heads, heads // kv_heads, tokens, dim)
+    if isinstance(segcore_attend, AttendTogether):
+        return segcore_attend(layer, q_BHGTD, key, value, scale).flatten(1, 2).transpose(1, 2), None
     sequences = zip(segcore_attend, q_BHGTD, key, value, strict=False)
     out = [attend(layer, q_HGTD, k_HTD, v_HTD, scale) for attend, q_HGTD, k_HTD, v_HTD in sequences]
     out += [torch.zeros_like(out[0])] * (batch - len(out))
-    return torch.stack(out).flatten(1, 2).transpose(1, 2), None
+    out_BHGTD = torch.stack(out) if batch > 1 else out[0][None]  # one is not copied
+    return out_BHGTD.flatten(1, 2).transpose(1, 2), None
 
 
 # What attends is Python, and keeps state: not for a compiler.
@@ -169,7 +219,7 @@ class CausalLM:
     """A transformers causal LM whose attention is given call by call. Takes over the model it is handed.
 
     Its weights are frozen; training trains those that ask for gradients again, or an adapter that is added to `model`.
-    parameters: how many numbers its weights are.
+    parameters: how many numbers its weights are. query_maps: learned maps of its selectors' queries, if it has any.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -177,6 +227,7 @@ class CausalLM:
         base = cast(Any, model.base_model)
         weight = next(model.parameters())
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.query_maps: QueryMaps | None = None
         rotate = getattr(sys.modules[type(_attention_modules(model)[0]).__module__], ROTATION)
         self.rope = Rope(base.rotary_emb, rotate, torch.empty(0, dtype=weight.dtype, device=weight.device))
         self.model = model.eval().requires_grad_(False)
@@ -201,7 +252,7 @@ class CausalLM:
         """
         return self.head(self.hidden(tokens_BT, attends), all_logits=all_logits)
 
-    def hidden(self, tokens_BT: Tensor, attends: Sequence[Attend]) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, attends: Sequence[Attend] | AttendTogether) -> Tensor:
         """What the model makes logits of, normed, [B, T, C]; see `batch`."""
         body = cast(nn.Module, self.model.base_model)
         return cast(Tensor, body(input_ids=tokens_BT, use_cache=False, segcore_attend=attends).last_hidden_state)
@@ -221,6 +272,11 @@ class CausalLM:
         self.rope.compile()
         for layer in self.layers:
             layer.compile()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All that has weights."""
+        return [self.model] if self.query_maps is None else [self.model, self.query_maps]
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 
 class PackedLinear(nn.Module):
@@ -41,6 +42,9 @@ def pack_linears(model: nn.Module) -> None:
         for name, child in module.named_children():
             if type(child) is nn.Linear and uses[id(child.weight)] == 1 and _packable(child.weight):
                 setattr(module, name, PackedLinear(child))
+        # A gated MLP's gate is nobody else's: its activation needs no memory of its own.
+        if isinstance(getattr(module, "gate_proj", None), PackedLinear) and isinstance(module.act_fn, SiLUActivation):
+            module.act_fn = nn.SiLU(inplace=True)
     # Weights may have been read into one piece of memory: it goes once nothing of the rest lies in it.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()

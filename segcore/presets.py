@@ -12,6 +12,7 @@ from typing import Any
 from segcore.adapter import CARD
 from segcore.config import Cell, SegmentConfig, SegmentedConfig, segment_config
 from segcore.errors import ConfigError
+from segcore.heads.gates import read_report
 from segcore.heads.report import HeadsReport
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -55,15 +56,15 @@ def model_segment(
     """A preset with some options changed, or a policy's defaults with them.
 
     options: "policy", and what differs from the preset or from the policy's defaults. trained: what the model's adapter
-    was trained with; it comes before the model's preset. heads: a file of `segcore heads`, whose cells take the place
-    of the preset's. Raises ConfigError.
+    was trained with; it comes before the model's preset. heads: a file of `segcore heads`, or of learned gates,
+    whose cells take the place of the preset's. Raises ConfigError.
     """
     presets = [*([] if trained is None else [trained]), segment_preset(model, preset)]
     changed = dict(options)
     policy = changed.pop("policy", presets[0].policy)
     inherited = next((dataclasses.asdict(known) for known in presets if known.policy == policy), {})
     config = segment_config(policy, **inherited | changed)
-    return config if heads is None else HeadsReport.read(heads).apply(config)
+    return config if heads is None else read_report(heads).apply(config)
 
 
 def write_card(folder: Path, segment: SegmentConfig) -> None:

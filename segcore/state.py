@@ -5,10 +5,13 @@ Shapes: H KV heads, N rows, D head dimension, G query heads per KV head, L_q tok
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+_versions = itertools.count()
 
 
 @dataclass
@@ -101,7 +104,7 @@ class State:
     queries: unrotated queries of the query window by watched cell, [G, <=L_q, D] each, oldest first.
     retrieved_CR: stream positions of the retrieved prefix, ascending; one row per choice: one for all readers, or one
     for each. length: tokens of the stream so far. filled: tokens of the open segment. events: passes and marks so far
-    (`pastkv.journal`).
+    (`pastkv.journal`). version: another number whenever windows have moved or their prefix has changed.
     """
 
     layers: list[list[Window]]
@@ -110,6 +113,11 @@ class State:
     length: int = 0
     filled: int = 0
     events: int = 0
+    version: int = field(default_factory=_versions.__next__, compare=False)
+
+    def moved(self) -> None:
+        """Windows have moved, or their prefix has changed."""
+        self.version = next(_versions)
 
     @property
     def closed(self) -> int:

@@ -20,13 +20,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from segcore.adapter import Adapter
+from segcore.adapter import SELECTORS_FILE, Adapter
 from segcore.config import EngineConfig
 from segcore.errors import ConfigError, NotFound, UnsupportedModel
 from segcore.merging import check_base, merge_adapter
 from segcore.model import CausalLM
 from segcore.packed import pack_linears
 from segcore.presets import DEFAULT_MODEL, cache_directory
+from segcore.retrieval.query_maps import QueryMaps
 from segcore.text import ChatFormat, TextTokenizer
 from segcore.threads import apart
 
@@ -94,6 +95,10 @@ def _load(name: str, dtype: torch.dtype, device: torch.device, trainable: bool, 
         check_base(model, name, adapter)
         merge_adapter(model, adapter)
     text, lm = TextTokenizer(tokenizer), CausalLM(_to(model, device))
+    if adapter is not None and adapter.has_selectors:
+        lm.query_maps = QueryMaps.read(adapter.directory / SELECTORS_FILE, lm.spec).requires_grad_(trainable)
+    elif (Path(path) / SELECTORS_FILE).is_file():
+        lm.query_maps = QueryMaps.read(Path(path) / SELECTORS_FILE, lm.spec).requires_grad_(trainable)
     if trainable:
         model.requires_grad_(True)
     else:

@@ -70,10 +70,10 @@ class Engine:
 
     def __init__(self, model: CausalLM, config: EngineConfig) -> None:
         self.config, self.spec = config, model.spec
-        self._runner = Runner(model, config.segment, config.attention)
+        self._runner = apart(lambda: Runner(model, config.segment, config.attention))
         self.fingerprint = Fingerprint(
             model=config.model,
-            weights=weights_digest(model.model),
+            weights=apart(lambda: weights_digest(*model.modules)),
             tokenizer=config.tokenizer,
             adapter=config.adapter,
             dtype=str(model.spec.dtype),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from segcore.attention.choice import make_attention
 from segcore.config import Cell, SegmentConfig
+from segcore.engine.graphs import Close, DecodeGraphs, SegmentGraphs
 from segcore.model import CausalLM
 from segcore.pastkv.session import SessionPast
 from segcore.policies import make_policy
@@ -26,10 +27,13 @@ class Runner:
 
     def __init__(self, model: CausalLM, config: SegmentConfig, attention: str = "auto") -> None:
         self.model, self.config = model, config
-        self.policy = make_policy(config, model.spec, model.rope)
+        self.policy = make_policy(config, model.spec, model.rope, model.query_maps)
         keys = self.policy.windows(0)[0].base + config.segment_tokens
         self._attention = make_attention(attention, model.spec, config.segment_tokens, keys)
         self._watched = {cell: i for i, cell in enumerate(self.policy.watched)}
+        self._rows: dict[tuple[int, ...], Tensor] = {}
+        self._graphs = DecodeGraphs(model, self.policy)
+        self._segments = SegmentGraphs(self._whole, self.policy)
 
     def begin(self) -> State:
         """The state before a stream's first token."""
@@ -41,8 +45,12 @@ class Runner:
         The chunk lies inside one segment and crosses no refresh point (`segments.tokens_to_next_cut`). A segment that
         it fills is closed, and a refresh point that it reaches is taken, before this returns.
         """
-        logits = self.forward(tokens_T[None], [state], [past], all_logits=all_logits)[0]
-        self.arrive(state, past, len(tokens_T), logits[-1])
+        if not all_logits and self._segments.fits(state, len(tokens_T)):
+            self._begin(tokens_T[None], [state], [past])
+            logits, close = self._segments.run(tokens_T, state, past)
+        else:
+            logits, close = self.forward(tokens_T[None], [state], [past], all_logits=all_logits)[0], self.policy.close
+        self.arrive(state, past, len(tokens_T), logits[-1], close)
         return logits
 
     def forward(
@@ -59,28 +67,27 @@ class Runner:
         width: the batch is padded to this many sequences. With one width for all passes of a kind, a stream's values
         don't depend on its company, to the last bit: matrix products of one shape treat their rows alike.
         """
+        if tokens_BT.shape[1] == 1 and self._graphs.usable():
+            self._begin(tokens_BT, states, pasts)
+            return self._graphs.run(tokens_BT, states, width)
         return self.model.head(self.hidden(tokens_BT, states, pasts, width=width), all_logits=all_logits)[: len(states)]
 
     def hidden(
         self, tokens_BT: Tensor, states: Sequence[State], pasts: Sequence[SessionPast], *, width: int = 1
     ) -> Tensor:
         """What `forward` makes logits of, [width or B, T, C]."""
-        batch, tokens = tokens_BT.shape
-        for row, state, past in zip(tokens_BT.tolist(), states, pasts, strict=True):
-            assert 0 < tokens <= self.config.segment_tokens - state.filled
-            past.journal.begin_pass(state, row)
-            end = state.filled + tokens
-            if end == self.config.segment_tokens or is_refresh_point(end, self.config):
-                self.policy.prefetch(state, past)
-        padded = torch.nn.functional.pad(tokens_BT, (0, 0, 0, max(width - batch, 0)))
+        self._begin(tokens_BT, states, pasts)
+        padded = torch.nn.functional.pad(tokens_BT, (0, 0, 0, max(width - len(states), 0)))
         attends = [_Pass(self, state) for state in states]
         hidden_BTC = self.model.hidden(padded.to(self.model.spec.device), attends)
         for attend in attends:
             attend.end()
         return hidden_BTC
 
-    def arrive(self, state: State, past: SessionPast, tokens: int, logits_V: Tensor | None) -> None:
-        """A pass over `tokens` is done: take the close or the refresh point that it reached.
+    def arrive(
+        self, state: State, past: SessionPast, tokens: int, logits_V: Tensor | None, close: Close | None = None
+    ) -> None:
+        """A pass over `tokens` is done: take the close or the refresh point that it reached. close: the policy's.
 
         logits_V: of its last token; without them a closed segment's block isn't completed: no other stream uses it.
         Raises PastKVError; then the state is of no use, and the journal says how to make it again.
@@ -88,17 +95,20 @@ class Runner:
         state.length += tokens
         state.filled += tokens
         if state.filled == self.config.segment_tokens:
-            self.policy.close(state, past)
+            (close or self.policy.close)(state, past)
+            state.moved()
             if self.policy.layout is not None and logits_V is not None:
                 past.complete(self.policy.boundary(state) | {"logits": logits_V})
         elif is_refresh_point(state.filled, self.config):
             self.policy.refresh(state, past)
+            state.moved()
 
     def mark(self, state: State, past: SessionPast) -> None:
         """An end of turn at the stream's end: a refresh point that doesn't close the segment (design, section 6)."""
         past.journal.begin_mark(state)
         if state.filled:  # a close has just chosen by the same queries
             self.policy.refresh(state, past)
+            state.moved()
 
     def resume(self, boundary: dict[str, Tensor], past: SessionPast) -> tuple[State, Tensor]:
         """The state after the last close of `past`, and the logits of its last token, [V]."""
@@ -106,6 +116,29 @@ class Runner:
         state.length = past.segments * self.config.segment_tokens
         state.events = past.journal.events_until(state.length)
         return state, boundary["logits"].to(self.model.spec.device)
+
+    def rows_of(self, heads: tuple[int, ...]) -> Tensor:
+        """KV heads as an index on the device, made once."""
+        if heads not in self._rows:
+            self._rows[heads] = torch.tensor(heads, device=self.model.spec.device)
+        return self._rows[heads]
+
+    def _whole(self, tokens_T: Tensor, state: State) -> Tensor:
+        """A pass without what comes before and after it; logits of the last token, [1, V]."""
+        attend = _Pass(self, state)
+        hidden_1TC = self.model.hidden(tokens_T[None], [attend])
+        attend.end()
+        return self.model.head(hidden_1TC, all_logits=False)[0]
+
+    def _begin(self, tokens_BT: Tensor, states: Sequence[State], pasts: Sequence[SessionPast]) -> None:
+        """Write a pass down before it runs."""
+        tokens = tokens_BT.shape[1]
+        for row, state, past in zip(tokens_BT.tolist(), states, pasts, strict=True):
+            assert 0 < tokens <= self.config.segment_tokens - state.filled
+            past.journal.begin_pass(state, row)
+            end = state.filled + tokens
+            if end == self.config.segment_tokens or is_refresh_point(end, self.config):
+                self.policy.prefetch(state, past)
 
     def _see(self, window: Window, filled: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
         """Append the chunk to the window, then let its queries see the prefix and the segment so far."""
@@ -124,8 +157,10 @@ class Runner:
         for head in range(q_HGTD.shape[0]):
             i = self._watched.get(Cell(layer, head))
             if i is not None:
-                latest = torch.cat([state.queries[i], q_HGTD[head].detach()], dim=1)
-                state.queries[i] = latest[:, -self.policy.watched_tokens :].clone()
+                window, latest = self.policy.watched_tokens, q_HGTD[head].detach()
+                if latest.shape[1] < window:
+                    latest = torch.cat([state.queries[i], latest], dim=1)
+                state.queries[i] = latest[:, -window:].clone()
 
 
 class _Pass:
@@ -150,7 +185,7 @@ class _Pass:
             return self._runner._see(windows[0], self._filled, q_HGTD, k_HTD, v_HTD, scale)
         out = torch.empty_like(q_HGTD)
         for w in windows:
-            heads = list(w.heads)
+            heads = self._runner.rows_of(w.heads)
             out[heads] = self._runner._see(w, self._filled, q_HGTD[heads], k_HTD[heads], v_HTD[heads], scale)
         return out
 

@@ -50,9 +50,9 @@ class SessionPast:
         expected = (layout.segment_tokens, layout.cells, 2, layout.head_dim)
         assert kv_SC2D.shape == expected, (kv_SC2D.shape, expected)
         key = self.journal.key(self.last_key, first, first + layout.segment_tokens)
-        index = _own(index)
-        self._manager.prepare(Block(key, kv_SC2D.detach().contiguous(), index, {}), self._kept(index))
-        self._take(key, index)
+        own = _own(index)
+        self._manager.prepare(Block(key, kv_SC2D.detach().contiguous(), own, {}), self._kept(own))
+        self._take(key, own if self.search is None else index)
 
     def complete(self, boundary: dict[str, Tensor]) -> None:
         """The last segment is closed: its block is whole, and goes to the lower tiers."""

@@ -12,6 +12,7 @@ from segcore.policies.longgen import LongGenPolicy
 from segcore.policies.ltri import LtriPolicy
 from segcore.policies.segmented import SegmentedPolicy
 from segcore.policies.streaming import StreamingPolicy
+from segcore.retrieval.query_maps import QueryMaps
 
 POLICIES: dict[str, type[Policy[Any]]] = {
     "full": FullPolicy,
@@ -24,9 +25,15 @@ POLICIES: dict[str, type[Policy[Any]]] = {
 }
 
 
-def make_policy(config: SegmentConfig, spec: ModelSpec, rope: Rope) -> Policy[Any]:
-    """The policy that a configuration names. Raises ConfigError for cells outside the model."""
-    return POLICIES[config.policy](config, spec, rope)
+def make_policy(config: SegmentConfig, spec: ModelSpec, rope: Rope, query_maps: QueryMaps | None = None) -> Policy[Any]:
+    """The policy that a configuration names. query_maps: for policies whose selectors have learned what to look for.
+
+    Raises ConfigError for cells outside the model, or selectors other than those that learned.
+    """
+    policy = POLICIES[config.policy](config, spec, rope)
+    if query_maps is not None and isinstance(policy, SegmentedPolicy):
+        policy.look_by(query_maps)
+    return policy
 
 
 __all__ = ["POLICIES", "Policy", "make_policy"]

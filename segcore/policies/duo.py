@@ -2,7 +2,7 @@
 
 As deployed there: 64 sinks and 256 recent tokens, keys at their original positions, and chunked prefill, whose chunk is
 our segment. Where ours differs: decode too sees its whole segment beside the recent tokens, so that it repeats prefill
-exactly; and the retrieval heads are given, not learned here (a model's published gates, cut at a share, will do).
+exactly. The retrieval heads are given: by `training.gates`, or a model's published gates, cut at a share.
 """
 
 from __future__ import annotations
@@ -18,6 +18,6 @@ class DuoPolicy(HybridPolicy[DuoConfig]):
         if not config.retrieval:
             raise ConfigError(
                 f"policy 'duo' needs the retrieval heads of {spec.architecture}: set retrieval to (layer, KV head)"
-                " pairs (`segcore heads` finds candidates), or choose policy 'streaming' to have none"
+                " pairs (`segcore.training.gates` learns them), or choose policy 'streaming' to have none"
             )
         super().__init__(config, spec, rope, config.retrieval)

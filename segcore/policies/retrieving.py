@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,13 +24,27 @@ from segcore.state import State, Window
 C = TypeVar("C", bound=RetrievalConfig)
 # Keys and values, [H, N, D] each, by layer and the window's number in it.
 Ends = dict[tuple[int, int], tuple[Tensor, Tensor]]
+# `RetrievingPolicy.insert`, of a state, retrieved keys and values and ends.
+Insert = Callable[[State, Tensor, Ends], None]
+
+
+@dataclass
+class Left:
+    """What a full segment leaves on the device: its ends, and what past KV is given, unless it has it already."""
+
+    ends: Ends
+    kv_SC2D: Tensor | None = None
+    searched: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RetrievingPolicy(Policy[C]):
     """Reader cells see [sinks, retrieved, tail]; a subclass chooses, and says what other cells see.
 
     readers: the cells that read, ascending; their keys and values go to past KV.
+    capturable: `leave` and `insert` never wait for the device, so that a CUDA graph can hold them.
     """
+
+    capturable: ClassVar[bool] = False
 
     def __init__(self, config: C, spec: ModelSpec, rope: Rope, readers: set[Cell]) -> None:
         super().__init__(config, spec, rope)
@@ -82,21 +97,34 @@ class RetrievingPolicy(Policy[C]):
         return [self._window(heads, prefix=rows, position=rows) for heads in (reading, *groups.values()) if heads]
 
     def close(self, state: State, past: SessionPast) -> None:
+        # A segment that runs again is in past KV already.
+        keeps = bool(self.readers) and past.segments * self.config.segment_tokens < state.length
+        self.settle(state, past, self.leave(state, keeps))
+
+    def leave(self, state: State, keeps: bool) -> Left:
+        """A close's work on the device alone: other cells' prefixes are written, and what `settle` needs is taken.
+
+        keeps: the segment goes to past KV.
+        """
         ends = {(layer, i): segment_ends(w, state, *self._sees(layer, w)) for layer, i, w in _numbered(state)}
         others = [(w, *ends[layer, i]) for layer, i, w in _numbered(state) if not self._reads(layer, w)]
         write_prefixes(others, self.rope)
-        # What waits for the device comes last: it has all of the rest to do by then.
-        if self.readers and past.segments * self.config.segment_tokens < state.length:  # else it runs again
-            self._append(state, past)
+        return Left(ends, self._kv(state), self.searched(state)) if keeps else Left(ends)
+
+    def settle(self, state: State, past: SessionPast, left: Left, insert: Insert | None = None) -> None:
+        """The rest of a close: hand past KV what was taken, and choose. insert: does what `insert` does."""
+        if left.kv_SC2D is not None:
+            past.append(left.kv_SC2D, left.searched)
         state.filled = 0
         if self.readers:
-            self._choose_anew(state, past, ends)
+            self._choose_anew(state, past, left.ends, insert or self.insert)
 
     def refresh(self, state: State, past: SessionPast) -> None:
         if self.readers and state.closed:
             sinks, tail = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
             reading = ((layer, i, w) for layer, i, w in _numbered(state) if self._reads(layer, w))
-            self._choose_anew(state, past, {(layer, i): prefix_ends(w, sinks, tail) for layer, i, w in reading})
+            ends = {(layer, i): prefix_ends(w, sinks, tail) for layer, i, w in reading}
+            self._choose_anew(state, past, ends, self.insert)
 
     def prefetch(self, state: State, past: SessionPast) -> None:
         """Guess by the queries so far; worth a search only if some of the past isn't in memory."""
@@ -127,17 +155,22 @@ class RetrievingPolicy(Policy[C]):
                 others.append((window, *boundary[f"prefix.{layer}.{i}"].to(device)))
         write_prefixes(others, self.rope)
         if self.readers:
-            self._insert_retrieved(state, past, ends)
+            self.insert(state, past.gather(state.retrieved_CR), ends)
         return state
 
-    def _choose_anew(self, state: State, past: SessionPast, ends: Ends) -> None:
+    def _choose_anew(self, state: State, past: SessionPast, ends: Ends, insert: Insert) -> None:
         state.retrieved_CR = past.decide(lambda: self._choice(state, past))
-        self._insert_retrieved(state, past, ends)
+        insert(state, past.gather(state.retrieved_CR), ends)
 
     def _choice(self, state: State, past: SessionPast) -> Tensor:
-        """What the queries so far choose, of the tokens that readers don't see anyway."""
-        sinks, tail = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
-        return self.choose(state, past, sinks, state.closed - tail)
+        """What the queries so far choose."""
+        candidates = self.candidates(state.closed)
+        return self.choose(state, past, candidates.start, candidates.stop)
+
+    def candidates(self, closed: int) -> range:
+        """What may be chosen after `closed` tokens: those that readers don't see anyway."""
+        sinks, tail = sinks_and_tail(closed, self.config.sink_tokens, self.config.reader_tail_tokens)
+        return range(sinks, closed - tail)
 
     def _reads(self, layer: int, window: Window) -> bool:
         return Cell(layer, window.heads[0]) in self._column
@@ -148,20 +181,19 @@ class RetrievingPolicy(Policy[C]):
         return self.seen_by_others(Cell(layer, window.heads[0]))
 
     @torch.no_grad()
-    def _append(self, state: State, past: SessionPast) -> None:
-        """Hand the full segment's keys and values of the readers, and what is searched, to past KV."""
+    def _kv(self, state: State) -> Tensor:
+        """The full segment's keys and values of the readers, [S, C, 2, D]."""
         kv_SC2D = self.like.new_empty((state.filled, len(self.readers), 2, self.spec.head_dim))
         for layer, _, window in _numbered(state):
             if self._reads(layer, window):
                 columns, rows = self._columns(layer, window), slice(window.base, window.base + state.filled)
                 kv_SC2D[:, columns, 0] = window.k_HND[:, rows].transpose(0, 1)
                 kv_SC2D[:, columns, 1] = window.v_HND[:, rows].transpose(0, 1)
-        past.append(kv_SC2D, self.searched(state))
+        return kv_SC2D
 
-    def _insert_retrieved(self, state: State, past: SessionPast, ends: Ends) -> None:
+    def insert(self, state: State, kv_RC2D: Tensor, ends: Ends) -> None:
         """Write the prefix of every reader: its ends, sinks and tail, with the retrieved tokens in between."""
         sinks, _ = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
-        kv_RC2D = past.gather(state.retrieved_CR)
         prefixes = []
         for layer, i, window in _numbered(state):
             if self._reads(layer, window):

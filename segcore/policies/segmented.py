@@ -20,10 +20,13 @@ from segcore.model import ModelSpec, Rope
 from segcore.pastkv.session import SessionPast
 from segcore.policies.retrieving import RetrievingPolicy
 from segcore.retrieval import KeyIndex, choose_by_anchors, make_index
+from segcore.retrieval.query_maps import QueryMaps
 from segcore.state import State
 
 
 class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
+    capturable = True
+
     def __init__(self, config: SegmentedConfig, spec: ModelSpec, rope: Rope) -> None:
         if config.retrieved_tokens and config.selection == "global" and not config.selectors:
             raise ConfigError(
@@ -36,6 +39,7 @@ class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
         super().__init__(config, spec, rope, readers)
         self._require_cells(config.segment_only)
         self._segment_only = frozenset(config.segment_only)
+        self.query_maps: QueryMaps | None = None
 
     @property
     def watched(self) -> tuple[Cell, ...]:
@@ -43,6 +47,12 @@ class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
         if not self.readers:
             return ()
         return self.readers if self.config.selection == "cell" else self.config.selectors
+
+    def look_by(self, query_maps: QueryMaps) -> None:
+        """Score by mapped queries, if one choice serves all readers. Raises ConfigError for maps of other cells."""
+        if self.readers and self.config.selection == "global":
+            query_maps.check(self.config.selectors)
+            self.query_maps = query_maps
 
     def seen_by_others(self, cell: Cell) -> tuple[int, int]:
         return (0, 0) if cell in self._segment_only else (self.config.sink_tokens, self.config.tail_tokens)
@@ -74,4 +84,8 @@ class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
         candidates = {"first": first, "stop": stop, "tokens": self.config.retrieved_tokens}
         if past.search is None:
             return choose_by_anchors(state.queries, (piece["keys"] for piece in past.index), **candidates)
-        return past.search.search(state.queries, block=self.config.block_tokens, **candidates)[None]
+        return past.search.search(self.looking(state), block=self.config.block_tokens, **candidates)[None]
+
+    def looking(self, state: State) -> list[Tensor]:
+        """The query windows that `global` scores by, one per selector."""
+        return state.queries if self.query_maps is None else self.query_maps(state.queries)

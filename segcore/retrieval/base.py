@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -66,6 +66,13 @@ class KeyIndex(ABC):
             return torch.empty(0, dtype=torch.long)
         queries = [q.detach().to(self._spec.device) for q in queries_CGWD]
         return self._search(queries, first=first, stop=stop, tokens=tokens).cpu()
+
+    @abstractmethod
+    def keys(self, numbers_per_key: int) -> Iterator[Tensor]:
+        """The exact keys in stream order, on the device, [C, n, D] a piece.
+
+        numbers_per_key: what a scan makes of each key; pieces are as short as it takes.
+        """
 
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens`, which end at a segment's end."""

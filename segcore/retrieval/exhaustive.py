@@ -48,7 +48,7 @@ class ExhaustiveIndex(KeyIndex):
         self._keys.append(keys_CND)
 
     def _search(self, queries_CGWD: Sequence[Tensor], *, first: int, stop: int, tokens: int) -> Tensor:
-        scores = score_pieces(queries_CGWD, self._pieces(queries_CGWD[0].shape), self._spec.head_dim**-0.5)
+        scores = score_pieces(queries_CGWD, self.keys(queries_CGWD[0].shape[:2].numel()), self._spec.head_dim**-0.5)
         best_B = best_of_blocks(scores, first=first, stop=stop, block=self._spec.block)
         return choose_positions(best_B, first=first, stop=stop, tokens=tokens, block=self._spec.block)
 
@@ -59,9 +59,8 @@ class ExhaustiveIndex(KeyIndex):
         if self._segment:
             self._keys = self._keys.fork()
 
-    def _pieces(self, window: torch.Size) -> Iterator[Tensor]:
-        """The keys in stream order, [C, n, D] a piece."""
-        step = self._step(window[0] * window[1] * self._segment)
+    def keys(self, numbers_per_key: int) -> Iterator[Tensor]:
+        step = self._step(numbers_per_key * self._segment)
         for page in self._keys:
             for rows_PCND in page.split(step):
                 yield rows_PCND.to(self._spec.device, non_blocking=True).transpose(0, 1).flatten(1, 2)

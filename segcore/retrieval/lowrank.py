@@ -21,6 +21,7 @@ from segcore.retrieval.base import IndexSpec, KeyIndex
 from segcore.retrieval.choose import best_of_blocks, choose_positions, top_blocks
 from segcore.retrieval.exhaustive import ExhaustiveIndex
 from segcore.retrieval.pages import Pages
+from segcore.retrieval.scan import can_scan, scan
 
 
 class LowRankIndex(KeyIndex):
@@ -55,6 +56,9 @@ class LowRankIndex(KeyIndex):
             return []
         return self._codes.allocated + self._decoders.allocated + self._exact.allocated
 
+    def keys(self, numbers_per_key: int) -> Iterator[Tensor]:
+        return self._exact.keys(numbers_per_key)
+
     def _start(self) -> None:
         selectors, head_dim, rank = self._spec.selectors, self._spec.head_dim, self._rank
         row_bytes = selectors * rank * (self._segment + head_dim * self._compute.itemsize)
@@ -63,10 +67,9 @@ class LowRankIndex(KeyIndex):
         self._decoders = Pages((selectors, head_dim, rank), self._compute, self._spec.device, device_rows)
 
     def _append(self, keys_CND: Tensor) -> None:
-        # On the host: it needs the keys anyway, and decomposes a small matrix sooner than a GPU does.
-        keys = keys_CND.cpu()
-        self._exact.append(keys)
-        codes_CKN, decoder_CDK = _compress(keys, self._rank)
+        # On the device, wherever the keys come from: codes are the same when a stream is read back.
+        codes_CKN, decoder_CDK = _compress(keys_CND.to(self._spec.device), self._rank)
+        self._exact.append(keys_CND.cpu())
         self._codes.append(codes_CKN)
         self._decoders.append(decoder_CDK)
 
@@ -101,6 +104,9 @@ class LowRankIndex(KeyIndex):
         for codes_PCKN, decoders_PCDK in zip(self._codes, self._decoders, strict=True):
             q_PCMK = queries.flatten(1, 2) @ decoders_PCDK.to(self._spec.device, non_blocking=True)
             codes = codes_PCKN.to(self._spec.device, non_blocking=True)
+            if can_scan(codes):
+                yield scan(q_PCMK.unflatten(2, heads), codes).flatten()
+                continue
             for q, c in zip(q_PCMK.split(step), codes.split(step), strict=True):
                 similarity = torch.bmm(q.flatten(0, 1), c.to(self._compute).flatten(0, 1))
                 best_PCGN = _window_max(similarity.unflatten(1, heads)).unflatten(0, q.shape[:2])
@@ -113,7 +119,8 @@ def _compress(keys_CND: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     The directions aren't centred: a mean is the first of them.
     """
     keys = keys_CND.float()
-    basis_CDK = torch.linalg.eigh(keys.mT @ keys).eigenvectors[..., -rank:]
+    # The host decomposes a small matrix sooner than a GPU does.
+    basis_CDK = torch.linalg.eigh((keys.mT @ keys).cpu()).eigenvectors[..., -rank:].to(keys.device)
     coordinates_CKN = (keys @ basis_CDK).mT
     steps_CK1 = coordinates_CKN.abs().amax(dim=2, keepdim=True).clamp_min(1e-30) / 127
     codes = (coordinates_CKN / steps_CK1).round().to(torch.int8)

@@ -1,4 +1,4 @@
-"""LoRA by peft: small matrices beside a model's own, which alone are trained, and their directory (arXiv 2106.09685).
+"""LoRA by peft: small matrices beside a model's own, which alone are trained (arXiv 2106.09685), and their directory.
 
 The layers are peft's, put into the model in place, so that F runs them in training as it runs the model's own. What is
 saved is a directory of PEFT's, with a card beside it (`segcore.adapter`); serving merges it (`segcore.merging`).
@@ -15,11 +15,12 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 
-from segcore.adapter import CARD, PEFT_FILES, Adapter, hashes
+from segcore.adapter import CARD, PEFT_FILES, SELECTORS_FILE, Adapter, hashes
 from segcore.config import SegmentConfig
 from segcore.errors import ConfigError
 from segcore.merging import base_digest, check_base, read_lora
 from segcore.model import CausalLM
+from segcore.retrieval.query_maps import QueryMaps
 
 _NAME = "default"  # peft's own
 
@@ -62,12 +63,27 @@ def add_lora(model: CausalLM, settings: LoraSettings | None = None) -> None:
 def save_adapter(model: CausalLM, directory: str | Path, *, base_model: str, segment: SegmentConfig) -> Adapter:
     """Write the adapter that the model trains, for `load_model(base_model, adapter=directory)` and for plain peft.
 
-    base_model: the name by which the model is loaded. segment: the policy that it is trained with. What is in the
-    directory under the same names is overwritten; `segcore.json` comes last.
+    LoRA, if it was added, and the selectors' maps, if there are any. base_model: the name by which the model is loaded.
+    segment: the policy that it is trained with. What is in the directory under the same names is overwritten;
+    `segcore.json` comes last.
     """
-    folder, config = Path(directory), copy.copy(cast(Any, model.model).peft_config[_NAME])
+    folder = Path(directory)
+    files: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
+    if hasattr(model.model, "peft_config"):
+        _save_lora(model, folder, base_model)
+        files += PEFT_FILES
+    if model.query_maps is not None:
+        model.query_maps.write(folder / SELECTORS_FILE)
+        files.append(SELECTORS_FILE)
+    adapter = Adapter(folder, base_model, base_digest(model.model), segment, hashes(folder, files))
+    adapter.write_card()
+    return adapter
+
+
+def _save_lora(model: CausalLM, folder: Path, base_model: str) -> None:
+    config = copy.copy(cast(Any, model.model).peft_config[_NAME])
     config.base_model_name_or_path = base_model
     config.inference_mode = True
     # Sets have no order, and equal adapters should have equal files.
@@ -76,9 +92,6 @@ def save_adapter(model: CausalLM, directory: str | Path, *, base_model: str, seg
     weights = get_peft_model_state_dict(model.model, adapter_name=_NAME)
     tensors = {f"base_model.model.{name}": t.detach().cpu().contiguous() for name, t in weights.items()}
     save_file(tensors, folder / PEFT_FILES[1], metadata={"format": "pt"})
-    adapter = Adapter(folder, base_model, base_digest(model.model), segment, hashes(folder, PEFT_FILES))
-    adapter.write_card()
-    return adapter
 
 
 @torch.no_grad()
@@ -89,6 +102,10 @@ def load_adapter(model: CausalLM, directory: str | Path, *, name: str = "this mo
     """
     adapter = Adapter.read(directory)
     check_base(model.model, name, adapter)
+    if adapter.has_selectors:
+        model.query_maps = QueryMaps.read(adapter.directory / SELECTORS_FILE, model.spec)
+    if not adapter.has_lora:
+        return adapter
     pairs, _ = read_lora(model.model, adapter)
     _inject(model, LoraConfig.from_pretrained(str(adapter.directory)))
     for layer, (a_rI, b_Or) in pairs.items():

@@ -40,11 +40,13 @@ from segcore.errors import ConfigError, InvalidInput, NonFiniteLoss
 from segcore.model import CausalLM
 from segcore.packed import PackedLinear
 from segcore.pastkv.manager import PastKVManager
-from segcore.segments import tokens_to_next_cut
+from segcore.policies.segmented import SegmentedPolicy
+from segcore.segments import is_refresh_point, tokens_to_next_cut
 from segcore.state import State
 from segcore.training.activations import checkpointed
 from segcore.training.loss import head_loss_and_grad, head_loss_and_hits
 from segcore.training.past import RecordedPast
+from segcore.training.selectors import Lesson, SelectorLoss, Teacher, lessons_by_attention, lessons_of
 from segcore.training.stream import IGNORED, TrainingStream
 
 Depth = int | Literal["all"]
@@ -56,10 +58,12 @@ Pulls = list[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class StreamLoss:
-    """total: minus log likelihood of a stream's targets, in nats, summed. tokens: how many targets."""
+    """total: minus log likelihood of a stream's targets, in nats, summed. tokens: how many targets. selectors: what
+    was taught to them."""
 
     total: float
     tokens: int
+    selectors: SelectorLoss
 
     @property
     def mean(self) -> float:
@@ -91,6 +95,9 @@ class SegmentedTrainer:
     checkpoint_layers: keep a layer's input alone, and run it again once per backward pass (K + 1, or one).
     host_bytes: budget for a stream's past KV; more raises StorageFull.
 
+    The model's query maps, if they ask for gradients, are taught what streams say that marks need; with
+    `attention_teaches`, of streams that say nothing, what full attention pays to. selector_weight: of their loss.
+
     Raises ConfigError if nothing can be trained.
     """
 
@@ -103,6 +110,8 @@ class SegmentedTrainer:
         chunk_tokens: int = 1024,
         checkpoint_layers: bool = False,
         host_bytes: int = 8 * GIB,
+        selector_weight: float = 0.1,
+        attention_teaches: bool = False,
     ) -> None:
         if k != "all" and (not isinstance(k, int) or k < 0):
             raise ConfigError(f"k={k!r} must be a whole number of at least 0, or 'all'")
@@ -110,6 +119,7 @@ class SegmentedTrainer:
             raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1")
         self.model, self.config, self.k, self.chunk_tokens = model, config, k, chunk_tokens
         self._runner, self._checkpoint = Runner(model, config), checkpoint_layers
+        self._selector_weight, self._attention_teaches = selector_weight, attention_teaches
         # Nobody may find these blocks: the next step changes the weights that they depend on.
         cache = CacheConfig(host_bytes=host_bytes, reuse=False)
         self._manager = PastKVManager(cache, device=model.spec.device)
@@ -124,24 +134,39 @@ class SegmentedTrainer:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
-        return [p for p in self.model.model.parameters() if p.requires_grad]
+        return [p for module in self.model.modules for p in module.parameters() if p.requires_grad]
+
+    def lessons(self, stream: TrainingStream) -> dict[int, Lesson]:
+        """What the stream can teach the query maps, by the position of the choice. Raises InvalidInput."""
+        policy = self._runner.policy
+        if not isinstance(policy, SegmentedPolicy) or policy.query_maps is None:
+            return {}
+        if not policy.query_maps.change_CGDD.requires_grad:
+            return {}
+        if stream.needed or not self._attention_teaches:
+            return lessons_of(stream, policy)
+        return lessons_by_attention(self.model, stream, policy)
 
     @torch.no_grad()
-    def loss_and_grad(self, stream: TrainingStream, valid_tokens: int) -> StreamLoss:
+    def loss_and_grad(self, stream: TrainingStream, valid_tokens: int, choices: int | None = None) -> StreamLoss:
         """The stream's loss; adds the gradient of its sum divided by `valid_tokens` to the parameters' `.grad`.
 
         valid_tokens: targets of all streams of a step, on all workers: then the sum of all gradients is that of one.
+        choices: the same for the selectors' loss, `lessons` of all streams; None: of this one.
         Raises InvalidInput for a stream that can't be run, NonFiniteLoss, whose details name the stream, and
         PastKVError. After an error the gradients are of no use.
         """
         self._check(stream, valid_tokens)
-        past = RecordedPast(self._manager, self._runner.policy.layout)
+        lessons, past = self.lessons(stream), RecordedPast(self._manager, self._runner.policy.layout)
+        weight = self._selector_weight / max(1, len(lessons) if choices is None else choices)
+        teacher = Teacher(self._runner.policy, lessons, weight, stream.name)
         try:
             with checkpointed(self.model.layers) if self._checkpoint else nullcontext():
-                total = _Unrolled(self._runner, stream, past, self.k, self.chunk_tokens, 1 / valid_tokens).total()
+                run = _Unrolled(self._runner, stream, past, self.k, self.chunk_tokens, 1 / valid_tokens, teacher)
+                total = run.total()
         finally:
             past.truncate(0)
-        return StreamLoss(total, stream.valid_tokens)
+        return StreamLoss(total, stream.valid_tokens, teacher.loss)
 
     @torch.no_grad()
     def score(self, stream: TrainingStream) -> StreamScore:
@@ -149,11 +174,13 @@ class SegmentedTrainer:
         self._check(stream, max(1, stream.valid_tokens))
         past = RecordedPast(self._manager, self._runner.policy.layout)
         try:
-            total, hits_T = _Unrolled(self._runner, stream, past, 0, self.chunk_tokens, 0.0).scored()
+            untaught = Teacher(self._runner.policy, {}, 0.0, stream.name)
+            run = _Unrolled(self._runner, stream, past, 0, self.chunk_tokens, 0.0, untaught)
+            total, hits_T = run.scored()
         finally:
             past.truncate(0)
         right = sum(bool(hits_T[answer.start : answer.stop].all()) for answer in stream.answers)
-        return StreamScore(total, stream.valid_tokens, len(stream.answers), right)
+        return StreamScore(total, stream.valid_tokens, untaught.loss, len(stream.answers), right)
 
     def _check(self, stream: TrainingStream, valid_tokens: int) -> None:
         stream.check_vocabulary(self.model.spec.vocabulary)
@@ -171,9 +198,17 @@ class _Unrolled:
     """One stream's recurrence, there and back."""
 
     def __init__(
-        self, runner: Runner, stream: TrainingStream, past: RecordedPast, k: Depth, chunk_tokens: int, weight: float
+        self,
+        runner: Runner,
+        stream: TrainingStream,
+        past: RecordedPast,
+        k: Depth,
+        chunk_tokens: int,
+        weight: float,
+        teacher: Teacher,
     ) -> None:
         self._runner, self._stream, self._past, self._weight = runner, stream, past, weight
+        self._teacher = teacher
         self._chunk_tokens, self._size = chunk_tokens, runner.config.segment_tokens
         targets = (stream.targets_T != IGNORED).nonzero()
         # Where segments begin; what comes after the last target changes nothing.
@@ -253,10 +288,13 @@ class _Unrolled:
         while (at := state.length) < stop:
             if at in stream.marks:
                 self._runner.mark(state, self._past)
+                self._teacher.see(state, self._past)
             end = min((mark for mark in stream.marks if at < mark < stop), default=stop)
             count = min(tokens_to_next_cut(state.filled, self._runner.config, self._chunk_tokens), end - at)
             hidden.append(self._runner.hidden(stream.tokens_T[None, at : at + count], [state], [self._past])[0])
             self._runner.arrive(state, self._past, count, None)
+            if state.filled == 0 or is_refresh_point(state.filled, self._runner.config):  # it has chosen
+                self._teacher.see(state, self._past)
         return torch.cat(hidden)
 
     def _has_targets(self, first: int) -> bool:

@@ -19,7 +19,8 @@ class ServeConfig(BaseModel):
 
     adapter: the directory of one that was trained for the model; its policy is the preset then.
     segment: "policy", and its options that differ from the preset or the policy's defaults.
-    heads: a file that `segcore heads` wrote for the model; None: what is shipped for it, if anything.
+    heads: a file that `segcore heads`, or the training of gates, wrote for the model; None: what is shipped for it, if
+    anything.
     threads: torch's, None for its own choice.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
     address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.

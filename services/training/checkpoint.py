@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from segcore.adapter import SELECTORS_FILE
 from segcore.config import MIB, SegmentConfig
 from segcore.errors import ConfigError, StorageFull
 from segcore.presets import write_card
@@ -81,8 +82,10 @@ def latest(run: Path) -> Path | None:
 
 
 def save_weights(folder: Path, model: LoadedModel, segment: SegmentConfig) -> None:
-    """Write a model as transformers does, and the policy to serve it with."""
+    """Write a model as transformers does, its selectors' maps, and the policy to serve it with."""
     model.lm.model.save_pretrained(folder)
+    if model.lm.query_maps is not None:
+        model.lm.query_maps.write(folder / SELECTORS_FILE)
     model.tokenizer.tokenizer.save_pretrained(folder)
     write_card(folder, segment)
 

@@ -91,6 +91,14 @@ class LoraSection(Section):
     modules: tuple[str, ...] | None = None
 
 
+class SelectorsSection(Section):
+    """Selectors learn maps of their queries, apart from the model, by what streams say that answers need; with
+    `attention_teaches`, of streams that say nothing, by what full attention pays to. weight: of their loss."""
+
+    weight: float = Field(default=0.1, gt=0)
+    attention_teaches: bool = False
+
+
 class WorkersSection(Section):
     """count: workers, or [least, most] for as many as there is room for. parallel: "ddp", or "fsdp", which shards
     gradients, fp32 masters and the optimizer's state. cpus, gpus: of each. threads: torch's; null: as many as cpus.
@@ -153,7 +161,8 @@ class TrainConfig(Section):
 
     name: its folder in `storage`, which every node must see. k: how many segments back gradients reach, or "all".
     chunk_tokens, checkpoint_layers: as `SegmentedTrainer` has them. past_bytes: budget of a stream's past KV.
-    device_bytes: what a worker may take on its device; null: what is free there. lora: null: all weights are trained.
+    device_bytes: what a worker may take on its device; null: what is free there. lora: an adapter is trained;
+    null: all weights are, unless `freeze` leaves the selectors alone to learn.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -169,6 +178,8 @@ class TrainConfig(Section):
     steps: int = Field(ge=1)
     data: DataConfig
     lora: LoraSection | None = None
+    selectors: SelectorsSection | None = None
+    freeze: bool = False
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     workers: WorkersSection = WorkersSection()
@@ -189,6 +200,17 @@ class TrainConfig(Section):
                 raise ValueError(error.message) from error
         return section
 
+    @model_validator(mode="after")
+    def _something_learns(self) -> TrainConfig:
+        if self.freeze and self.lora is None and self.selectors is None:
+            raise ValueError("freeze: nothing would be trained; add selectors, or lora")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model's own weights are trained, rather than something beside them."""
+        return self.lora is None and not self.freeze
+
     @classmethod
     def read(cls, path: Path) -> TrainConfig:
         """Read a YAML file. Raises ConfigError that tells each fault with its line."""
@@ -206,6 +228,10 @@ class TrainConfig(Section):
         """The policy that evaluation runs, which is the one to serve with."""
         own = self.evaluation.segment if self.evaluation is not None else None
         return self.segment_config() if own is None else own.config(self.model)
+
+    def to_json(self) -> str:
+        """What was set, with all paths absolute, for another process; `model_validate_json` reads it."""
+        return self.model_copy(update={"storage": self.storage}).model_dump_json(exclude_unset=True)
 
     @property
     def folder(self) -> Path:

@@ -20,7 +20,7 @@ from segcore.model import ModelSpec
 from segcore.presets import DEFAULT_MODEL
 from segcore.training.loss import LOGITS
 from segcore.weights import choose_dtype, default_model_directory
-from services.training.config import LoraSection, TrainConfig
+from services.training.config import TrainConfig
 
 
 def require_memory(config: TrainConfig, device: torch.device) -> None:
@@ -43,11 +43,10 @@ def estimate(config: TrainConfig, shape: Any, dtype: torch.dtype, device: torch.
     segment = config.segment_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
-    parameters = int(model.num_parameters())
-    trained = parameters if config.lora is None else _lora_parameters(config.lora, model)
+    parameters, trained = int(model.num_parameters()), _trained_parameters(config, model)
     b, w = dtype.itemsize, max(4, dtype.itemsize)
     shards = config.workers.least if config.workers.parallel == "fsdp" else 1
-    own_masters = shards > 1 or (b < w and config.lora is None)  # an adapter's weights are wide
+    own_masters = shards > 1 or (b < w and config.whole)  # an adapter's weights are wide
     return {
         "weights": parameters * b,
         "gradients": trained * w,
@@ -59,14 +58,15 @@ def estimate(config: TrainConfig, shape: Any, dtype: torch.dtype, device: torch.
     }
 
 
-def _lora_parameters(lora: LoraSection, model: nn.Module) -> int:
-    linears = {name.rpartition(".")[2]: m for name, m in model.base_model.named_modules() if isinstance(m, nn.Linear)}
-    wanted = linears if lora.modules is None else lora.modules
-    return sum(
-        lora.rank * (module.in_features + module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in wanted
-    )
+def _trained_parameters(config: TrainConfig, model: Any) -> int:
+    """All of the model, or the adapter's; selectors' maps are small."""
+    if config.whole:
+        return int(model.num_parameters())
+    if config.lora is None:
+        return 0
+    linears = ((name.rpartition(".")[2], m) for name, m in model.base_model.named_modules() if isinstance(m, nn.Linear))
+    wanted = (m for name, m in linears if config.lora.modules is None or name in config.lora.modules)
+    return sum(config.lora.rank * int(linear.in_features + linear.out_features) for linear in wanted)
 
 
 def _activation_bytes(config: TrainConfig, segment: SegmentConfig, shape: Any, b: int) -> int:

@@ -26,6 +26,9 @@ def follow(lines: Iterable[str], console: Console, keep: Callable[[str], object]
             said = told(line)
             if said is None:
                 last.append(line.rstrip("\n"))
+            elif "done" in said:
+                console.print(_end(said), highlight=False, soft_wrap=True)
+                return 0
             elif "step" in said:
                 bar.update(task, completed=said["step"], total=said["steps"], description=_numbers(said))
                 if not console.is_terminal or "eval_loss" in said:
@@ -37,9 +40,6 @@ def follow(lines: Iterable[str], console: Console, keep: Callable[[str], object]
             elif "error" in said:
                 console.print(f"segcore: {said['error']}", highlight=False, soft_wrap=True)
                 return 1
-            elif "done" in said:
-                console.print(_end(said), highlight=False, soft_wrap=True)
-                return 0
     console.print("segcore: the run ended without a result; its log ends with:\n" + "\n".join(last), markup=False)
     return 1
 

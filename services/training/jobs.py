@@ -40,7 +40,7 @@ def run_locally(config: TrainConfig, console: Console, *, resume: bool = False) 
     """Run on this machine, on a Ray of its own, until it ends; its whole log is kept in the run's folder."""
     check_start(config, resume=resume)
     config.folder.mkdir(parents=True, exist_ok=True)
-    with _written(config) as file, open(config.folder / "log.txt", "a") as log:
+    with _written(config) as file, open(config.folder / "log.txt", "a", buffering=1) as log:
         command = [sys.executable, "-m", MODULE, str(file), "--local", *(["--resume"] if resume else [])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
@@ -73,7 +73,7 @@ class Jobs:
             return self._patiently(
                 entrypoint=f"python -m {MODULE} {CONFIG}{' --resume' if resume else ''}",
                 submission_id=f"{config.name}-{datetime.now():%Y%m%d-%H%M%S-%f}",
-                metadata={"segcore": "train", "run": config.name, "config": config.model_dump_json()},
+                metadata={"segcore": "train", "run": config.name, "config": config.to_json()},
                 runtime_env={"working_dir": str(file.parent)},
             )
 
@@ -163,5 +163,5 @@ def _written(config: TrainConfig) -> Iterator[Path]:
     """The configuration as a file in a folder of its own, with all paths absolute."""
     with tempfile.TemporaryDirectory(prefix="segcore-train-") as folder:
         file = Path(folder) / CONFIG
-        file.write_text(config.model_dump_json())
+        file.write_text(config.to_json())
         yield file

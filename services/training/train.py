@@ -36,7 +36,7 @@ def train_worker(settings: dict[str, Any]) -> Outcome:
     from services.training.parallel import Workers
     from services.training.worker import Run
 
-    config = TrainConfig.model_validate(settings)
+    config = TrainConfig.model_validate_json(settings["config"])
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     torch.set_num_threads(config.workers.threads or max(1, int(config.workers.cpus)))
     try:
@@ -85,14 +85,14 @@ def fit(config: TrainConfig, *, loop: Callable[[dict[str, Any]], Outcome] = trai
     The best checkpoint, or the last one if there is no evaluation, is exported. Returns the last step and metrics.
     Raises SegcoreError, and Ray's TrainingFailedError once workers have failed too often.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     forget_damaged_list(config.folder)
     workers, scored = config.workers, config.evaluation is not None
     trainer = TorchTrainer(
         loop,
-        train_loop_config=config.model_dump(mode="json"),
+        train_loop_config={"config": config.to_json()},
         scaling_config=ScalingConfig(
             num_workers=workers.count,
             use_gpu=workers.gpus > 0,
@@ -103,6 +103,7 @@ def fit(config: TrainConfig, *, loop: Callable[[dict[str, Any]], Outcome] = trai
             name=config.name,
             storage_path=str(config.storage),
             failure_config=FailureConfig(max_failures=workers.failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.checkpoints.keep,
                 checkpoint_score_attribute="eval_loss" if scored else None,

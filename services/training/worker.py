@@ -24,11 +24,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from segcore.config import SegmentConfig
-from segcore.errors import LimitExceeded, NonFiniteLoss, SegcoreError, StorageFull
+from segcore.config import SegmentConfig, SegmentedConfig
+from segcore.errors import ConfigError, LimitExceeded, NonFiniteLoss, SegcoreError, StorageFull
+from segcore.retrieval.query_maps import QueryMaps
 from segcore.training.lora import LoraSettings, add_lora, load_adapter, save_adapter
 from segcore.training.stream import TrainingStream
-from segcore.training.tbptt import SegmentedTrainer
+from segcore.training.tbptt import SegmentedTrainer, StreamLoss
 from segcore.weights import LoadedModel, load_model
 from services.training.checkpoint import (
     Progress,
@@ -40,7 +41,7 @@ from services.training.checkpoint import (
     save_training,
     save_weights,
 )
-from services.training.config import OptimizerSection, TrainConfig
+from services.training.config import OptimizerSection, SelectorsSection, TrainConfig
 from services.training.data import open_data, report_lines
 from services.training.estimate import require_memory
 from services.training.metrics import Recorder, RunRecorder, Silent
@@ -68,7 +69,7 @@ class Run:
         start = workers.gather(latest(config.folder))[0]
         self.model = agreed(workers, partial(_load, config, device, start))
         self.trainer = self._trainer(config.segment_config())
-        self.named = {name: p for name, p in self.model.lm.model.named_parameters() if p.requires_grad}
+        self.named = _trained(self.model)
         self.optimizer = _optimizer(config, list(self.named.values()), workers, device)
         self.data = agreed(workers, lambda: open_data(config.data, self.model.tokenizer))
         self.data_digest = self.data.digest()
@@ -98,26 +99,31 @@ class Run:
         began = time.monotonic()
         _seed(self.config.seed, self.step, self.workers.rank)
         mine = sum(stream.valid_tokens for stream in batch)
-        valid, seen = self.workers.sum(mine, sum(len(stream.tokens_T) for stream in batch))
+        taught = sum(len(self.trainer.lessons(stream)) for stream in batch)
+        valid, choices, seen = self.workers.sum(mine, taught, sum(len(stream.tokens_T) for stream in batch))
         for group in self.optimizer.optimizer.param_groups:
             group["lr"] = self.config.optimizer.learning_rate * rate(self.config.schedule, self.step, self.config.steps)
         try:
-            loss = agreed(self.workers, lambda: self._losses(batch, max(1, round(valid))))
+            losses = agreed(self.workers, lambda: self._losses(batch, max(1, round(valid)), round(choices)))
             norm = self.optimizer.step()
         except NonFiniteLoss as error:
             raise self._kept(batch, error) from error
-        (total,) = self.workers.sum(loss)
-        self.step += 1
-        seconds = time.monotonic() - began
-        self._record(
-            {
-                "loss": total / max(1, valid),
-                "learning_rate": self.optimizer.optimizer.param_groups[0]["lr"],
-                "gradient_norm": norm,
-                "targets": valid,
-                "tokens_per_s": seen / seconds,
-            }
+        total, selectors, recall = self.workers.sum(
+            sum(loss.total for loss in losses),
+            sum(loss.selectors.total for loss in losses),
+            sum(loss.selectors.recall for loss in losses),
         )
+        self.step += 1
+        metrics = {
+            "loss": total / max(1, valid),
+            "learning_rate": self.optimizer.optimizer.param_groups[0]["lr"],
+            "gradient_norm": norm,
+            "targets": valid,
+            "tokens_per_s": seen / (time.monotonic() - began),
+        }
+        if choices:
+            metrics |= {"selector_loss": selectors / choices, "selector_recall": recall / choices}
+        self._record(metrics)
 
     def evaluate(self) -> Metrics:
         """The loss of the evaluation's streams, and the share of their answers that greedy decoding would give."""
@@ -146,9 +152,9 @@ class Run:
             metrics=self.metrics,
         )
 
-    def _losses(self, batch: Sequence[TrainingStream], valid: int) -> float:
+    def _losses(self, batch: Sequence[TrainingStream], valid: int, choices: int) -> list[StreamLoss]:
         try:
-            return sum(self.trainer.loss_and_grad(stream, valid).total for stream in batch)
+            return [self.trainer.loss_and_grad(stream, valid, choices) for stream in batch]
         except torch.OutOfMemoryError as error:
             raise LimitExceeded(
                 "the device's memory is used up: set checkpoint_layers, or take smaller segments or more workers with"
@@ -156,7 +162,7 @@ class Run:
             ) from error
 
     def _trainer(self, segment: SegmentConfig) -> SegmentedTrainer:
-        config = self.config
+        config, selectors = self.config, self.config.selectors or SelectorsSection()
         return SegmentedTrainer(
             self.model.lm,
             segment,
@@ -164,6 +170,8 @@ class Run:
             chunk_tokens=config.chunk_tokens,
             checkpoint_layers=config.checkpoint_layers,
             host_bytes=config.past_bytes,
+            selector_weight=selectors.weight,
+            attention_teaches=selectors.attention_teaches,
         )
 
     def _checked(self, start: Path) -> Progress:
@@ -203,7 +211,7 @@ class Run:
 
     def _save_weights(self, folder: Path) -> None:
         segment = self.config.evaluation_segment()
-        if self.config.lora is None:
+        if self.config.whole:
             save_weights(folder, self.model, segment)
         else:
             save_adapter(self.model.lm, folder, base_model=self.config.model, segment=segment)
@@ -238,14 +246,31 @@ def agreed(workers: Workers, act: Callable[[], T]) -> T:
 def _load(config: TrainConfig, device: torch.device, start: Path | None) -> LoadedModel:
     """The model with the weights, or the adapter, of a checkpoint, or as it begins."""
     require_memory(config, device)
-    name = config.model if start is None or config.lora is not None else str(start)
+    name = str(start) if start is not None and config.whole else config.model
     model = load_model(name, dtype=config.dtype, device=str(device), trainable=True)
-    if config.lora is not None and start is not None:
-        load_adapter(model.lm, start, name=config.model)
+    lm, segment = model.lm, config.segment_config()
+    if not config.whole:
+        lm.model.requires_grad_(False)
+    if start is not None and not config.whole:
+        load_adapter(lm, start, name=config.model)
     elif config.lora is not None:
         _seed(config.seed, -1, 0)
-        add_lora(model.lm, LoraSettings(**config.lora.model_dump()))
+        add_lora(lm, LoraSettings(**config.lora.model_dump()))
+    if config.selectors is not None and lm.query_maps is None:
+        if not isinstance(segment, SegmentedConfig) or not segment.selectors:
+            raise ConfigError("selectors learn under policy 'segmented' with selectors, and not with selection 'cell'")
+        lm.query_maps = QueryMaps(segment.selectors, lm.spec)
+    if lm.query_maps is not None:
+        lm.query_maps.requires_grad_(config.selectors is not None)
     return model
+
+
+def _trained(model: LoadedModel) -> dict[str, nn.Parameter]:
+    """The parameters that ask for gradients, by name, in the trainer's order."""
+    named = dict(model.lm.model.named_parameters())
+    if model.lm.query_maps is not None:
+        named |= {f"query_maps.{name}": p for name, p in model.lm.query_maps.named_parameters()}
+    return {name: p for name, p in named.items() if p.requires_grad}
 
 
 def _optimizer(

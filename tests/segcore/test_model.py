@@ -58,6 +58,17 @@ def test_the_shape_is_read_off_the_model(family, dtype):
     assert (spec.vocabulary, spec.dtype) == (VOCABULARY, dtype)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rotating_into_rows_changes_no_bit(family, dtype):
+    rope = CausalLM(tiny_model(family, dtype=dtype)).rope
+    q, k, v = torch.randn(4, 5, 8).to(dtype), torch.randn(2, 5, 8).to(dtype), torch.randn(2, 5, 8).to(dtype)
+    rows = tuple(torch.zeros(2, 9, 8, dtype=dtype)[:, 2:7] for _ in range(3))
+    rotated_q, rotated_k = rope(q, k, 11)
+    assert torch.equal(rope.into(rows, q, k, v, 11), rotated_q)
+    assert all(map(torch.equal, rows, (k, rotated_k, v)))
+
+
 @pytest.mark.parametrize("factor", ["linear", "yarn", "llama3"])
 def test_scaled_rope_keeps_the_models_own_angles(factor):
     """The parity check at load compares with the model's own code: it would refuse other angles."""

@@ -31,8 +31,8 @@ WORDS = TEXT.split(" ")
 
 
 def texts(count: int) -> list[str]:
-    """Lines of 8 to 35 words, so that streams differ in their number of segments."""
-    return [" ".join(WORDS[(i * j + i) % len(WORDS)] for j in range(8 + 9 * (i % 4))) for i in range(count)]
+    """Lines of 4 to 19 words, so that streams differ in their number of segments."""
+    return [" ".join(WORDS[(i * j + i) % len(WORDS)] for j in range(4 + 5 * (i % 4))) for i in range(count)]
 
 
 def lines(texts: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -23,6 +24,14 @@ def fault(file):
     return raised.value.message
 
 
+def without(file, *keys):
+    """The file again, with some keys taken out."""
+    values = {key: value for key, value in yaml.safe_load(file.read_text()).items() if key not in keys}
+    other = file.with_name(f"without-{'-'.join(keys)}.yaml")
+    other.write_text(yaml.safe_dump(values))
+    return other
+
+
 def test_every_fault_has_its_line(written):
     file = written(steps=0, optimiser={"learning_rate": 1}, workers={"count": [3, 1]}, k="some")
     text = fault(file)
@@ -38,10 +47,7 @@ def test_a_fault_in_a_section_has_the_line_of_its_key(written):
 
 
 def test_a_missing_key_and_a_key_that_is_there_twice(written):
-    file = written()
-    values = yaml.safe_load(file.read_text())
-    del values["steps"]
-    file.write_text(yaml.safe_dump(values))
+    file = without(written(), "steps")
     assert f"{file}:1: steps: Field required" in fault(file)
     file.write_text("name: a\nsteps: 3\noptimizer:\n  eps: 1\n  eps: 2\n")
     assert fault(file) == f"{file}:5: eps: the key is there twice"
@@ -67,6 +73,13 @@ def test_a_policy_that_cannot_be_is_refused_before_the_run(written, segment, mes
     assert text.startswith(f"{file}:{line_of(file, 'segment:')}: segment: ")
 
 
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[3] / "examples").glob("train-*.yaml")), ids=lambda f: f.name
+)
+def test_shipped_configurations_can_be_read(file):
+    assert TrainConfig.read(file).steps
+
+
 def test_segments_are_named_as_serving_names_them(written, tmp_path):
     assert TrainConfig.read(written(segment={"policy": "full"})).segment_config() == FullConfig()
     preset = TrainConfig.read(written(model="smollm2-135m-instruct", segment="default")).segment_config()
@@ -88,9 +101,10 @@ def test_evaluation_may_run_another_policy(written):
 
 def test_paths_are_relative_to_the_file_and_survive_the_way_to_a_job(written, tmp_path):
     file = written(storage="here", name="a")
+    assert TrainConfig.read(without(file, "storage")).storage == tmp_path / "runs"
     config = TrainConfig.read(file)
     assert config.folder == tmp_path / "here" / "a"
-    again = TrainConfig.model_validate_json(config.model_dump_json())
+    again = TrainConfig.model_validate_json(config.to_json())
     assert again == config
     assert again.digest == config.digest
 

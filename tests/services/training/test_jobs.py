@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -45,11 +47,13 @@ def address() -> Iterator[str]:
     """The dashboard of a cluster of our own, whose nodes are ended by their process ids."""
     folder, port, dashboard = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), free_port(), free_port()
     environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # whose `python` jobs run
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_worker_niceness": "0",
     }
     ray = [
         str(Path(sys.executable).parent / "ray"),
@@ -73,10 +77,22 @@ def address() -> Iterator[str]:
             yield f"http://127.0.0.1:{dashboard}"
         finally:
             for process in reversed(nodes):
-                process.send_signal(signal.SIGTERM)
-            for process in nodes:
-                process.wait(60)
+                end(process)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a node, and what it started if it doesn't do so itself."""
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for left in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
 
 
 def wait_for(happened: Callable[[], object], seconds: float = 200) -> None:
@@ -92,12 +108,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_file(values, runs) -> Callable[[str], Path]:
-    def write(name: str) -> Path:
+def run_file(values, runs) -> Callable[..., Path]:
+    def write(name: str, **more: object) -> Path:
         file = runs / f"{name}.yaml"
         workers = {"count": 2, "threads": 1}
         changes = {"name": name, "steps": STEPS, "workers": workers, "checkpoints": {"every": 4}}
-        file.write_text(yaml.safe_dump(values(runs, **changes)))
+        file.write_text(yaml.safe_dump(values(runs, **changes | more)))
         return file
 
     return write
@@ -177,6 +193,13 @@ def test_a_run_is_neither_begun_twice_nor_resumed_from_nothing(address, unbroken
     assert "resume the run, or give it another name" in capsys.readouterr().out
     with pytest.raises(NotFound, match="no training job or run 'nobody'"):
         Jobs(address).find("nobody")
+
+
+def test_what_a_worker_refuses_ends_the_run_at_once(address, run_file, runs, capsys):
+    assert main(["train", str(run_file("large", device_bytes=1000)), "--address", address]) == 1
+    assert "of its device, which has 0.00 GiB" in capsys.readouterr().out
+    log = Jobs(address)._client.get_job_logs(str(Jobs(address).find("large").submission_id))
+    assert len(set(re.findall(r"RayTrainWorker pid=(\d+)", log))) <= 2, "no worker was started anew"
 
 
 def test_where_nobody_takes_jobs_is_said(run_file, capsys):

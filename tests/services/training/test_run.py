@@ -62,7 +62,7 @@ def curve(config):
 
 def tensors(folder):
     files = sorted(folder.glob("*.safetensors"))
-    assert len(files) == 2
+    assert len(files) >= 2
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -73,9 +73,18 @@ def assert_same_bits(ours, theirs):
         assert torch.equal(value, theirs[name]), name
 
 
-@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"lora": {"rank": 4}, "dtype": "bfloat16"}])
-def test_a_resumed_run_is_an_unbroken_one_to_the_last_bit(config, changes, monkeypatch):
-    unbroken, broken = config("unbroken", **changes), config("broken", **changes)
+LEARNERS = {
+    "weights": {},
+    "weights with masters": {"dtype": "bfloat16"},
+    "adapter": {"dtype": "bfloat16", "lora": {"rank": 4}},
+    "selectors": {"freeze": True, "selectors": {"attention_teaches": True, "weight": 1.0}},
+    "weights and selectors": {"selectors": {"attention_teaches": True}},
+}
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_a_resumed_run_is_an_unbroken_one_to_the_last_bit(config, learner, monkeypatch):
+    unbroken, broken = config("unbroken", **LEARNERS[learner]), config("broken", **LEARNERS[learner])
     Alone(unbroken).run.train()
     interrupted(broken, 5, monkeypatch)  # one step behind its checkpoint
     assert latest(broken.folder).name == "checkpoint-0000004"
@@ -84,9 +93,9 @@ def test_a_resumed_run_is_an_unbroken_one_to_the_last_bit(config, changes, monke
     assert resumed.run.train().step == 6
     assert curve(broken) == curve(unbroken)
     assert_same_bits(tensors(latest(broken.folder)), tensors(latest(unbroken.folder)))
-    losses = [line["loss"] for line in curve(unbroken) if "loss" in line]
-    assert len(losses) == 6
-    assert losses[-1] < losses[0] - 0.5
+    assert len([line for line in curve(unbroken) if "loss" in line]) == 6
+    evaluations = [line["eval_loss"] for line in curve(unbroken) if "eval_loss" in line]
+    assert evaluations[-1] < evaluations[0]
 
 
 def test_masters_are_kept_where_weights_are_narrow(config):
@@ -185,6 +194,7 @@ def test_an_export_is_what_plain_transformers_loads(config, tmp_path):
     assert segment_preset(str(tmp_path / "out")) == config().segment_config()  # what serving runs it under
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own code
 def test_an_adapter_is_exported_for_serving_and_plain_peft(config, model_directory, tmp_path):
     alone = Alone(config(steps=2, lora={"rank": 4, "modules": ["q_proj", "down_proj"]}))
     alone.run.train()

@@ -1,0 +1,253 @@
+"""Passes as CUDA graphs: hundreds of launches become one. Of one token for decode; of whole segments for prefill.
+
+Shapes: L layers, B streams, H KV heads, G query heads per KV head, D head dimension, V vocabulary, T tokens, C cells,
+R retrieved tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segcore.attention.decode import Places, can_decode, decode_attention
+from segcore.config import Cell
+from segcore.model import AttendTogether, CausalLM
+from segcore.pastkv.session import SessionPast
+from segcore.policies.base import Policy
+from segcore.policies.retrieving import Ends, Left, RetrievingPolicy
+from segcore.state import State, Window
+
+log = logging.getLogger(__name__)
+
+# What ends a segment: `Policy.close`, of a state and its past.
+Close = Callable[[State, SessionPast], None]
+# Where every window of a state is, and where its rows are and stand.
+Standing = tuple[tuple[int, int, int, int], ...]
+# Captured segments that are kept, one for each set of windows: slots come back to theirs.
+_KEPT = 8
+
+
+class DecodeGraphs:
+    """A graph for each width that is asked for."""
+
+    def __init__(self, model: CausalLM, policy: Policy[Any]) -> None:
+        self._model, self._policy = model, policy
+        self._graphs: dict[int, _Graph] = {}
+        # The rotation is of whole heads, by halves.
+        whole = model.rope.halves and model.rope.rotary_dim == model.spec.head_dim
+        self._usable = can_decode(model.spec) and whole
+
+    def usable(self) -> bool:
+        """Whether `run` can be called now: on a GPU with Triton, without a backward pass."""
+        return self._usable and not torch.is_grad_enabled()
+
+    def run(self, tokens_B1: Tensor, states: Sequence[State], width: int) -> Tensor:
+        """Logits of the token of each stream, [B, 1, V]; as `Runner.forward`, whose other duties aren't done here."""
+        graph = self._graphs.get(width)
+        if graph is None:
+            graph = self._graphs[width] = _Graph(self._model, self._policy, width)
+        return graph.run(tokens_B1, states)
+
+
+class _Together(AttendTogether):
+    """Attention of a batch from the places of its windows; keeps the queries of watched cells."""
+
+    def __init__(self, model: CausalLM, policy: Policy[Any], width: int) -> None:
+        spec, device = model.spec, model.spec.device
+        shape, watched = (spec.layers, width, spec.kv_heads), policy.watched
+        # A graph knows the table by its address: all of it, and held on to.
+        model.rope.reserve(policy.max_stream_tokens or policy.windows(0)[0].position + policy.config.segment_tokens)
+        self._cos_ND, self._sin_ND = (x.contiguous() for x in model.rope.table)
+        # A row that streams which only pad the batch write to.
+        spare = torch.zeros((1, spec.head_dim), dtype=spec.dtype, device=device)
+        self.anchor = spare
+        self.filled_B = torch.zeros(width, dtype=torch.int32, device=device)
+        self.offset_LBH3 = torch.zeros((*shape, 3), dtype=torch.int64, device=device)
+        self.rows_3LBH = torch.zeros((3, *shape), dtype=torch.int32, device=device)
+        self._watched = {cell: i for i, cell in enumerate(watched)}
+        self.queries_CBGD = torch.zeros(
+            (len(watched), width, spec.queries_per_kv_head, spec.head_dim), dtype=spec.dtype, device=device
+        )
+
+    def __call__(self, layer: int, q_BHGTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, scale: float) -> Tensor:
+        q_BHGD = q_BHGTD[:, :, :, 0]
+        for head in range(q_BHGD.shape[1]):
+            i = self._watched.get(Cell(layer, head))
+            if i is not None:
+                self.queries_CBGD[i].copy_(q_BHGD[:, head])
+        start, base, position = self.rows_3LBH[:, layer]
+        places = Places(self.anchor, self.offset_LBH3[layer], start, base, position, self.filled_B)
+        k_BHD, v_BHD = k_BHTD[:, :, 0], v_BHTD[:, :, 0]
+        out = decode_attention(q_BHGD, k_BHD, v_BHD, places, self._cos_ND, self._sin_ND, scale)
+        return out[:, :, :, None]
+
+    def place(self, stream: int, state: State) -> None:
+        """Take a stream's windows for one of the batch's."""
+        layers, _, heads = self.rows_3LBH.shape[1:]
+        offset, rows = torch.empty((layers, heads, 3), dtype=torch.int64), torch.empty((3, layers, heads))
+        for layer, windows in enumerate(state.layers):
+            for window in windows:
+                at = list(window.heads)
+                offset[layer, at] = self._offsets(window)
+                values = torch.tensor([window.start, window.base, window.position], dtype=rows.dtype)
+                rows[:, layer, at] = values[:, None]
+        self.offset_LBH3[:, stream] = offset.to(self.offset_LBH3.device)
+        self.rows_3LBH[:, :, stream] = rows.to(self.rows_3LBH)
+
+    def pad(self, stream: int) -> None:
+        """Let a stream be padding."""
+        self.offset_LBH3[:, stream] = 0
+        self.rows_3LBH[:, :, stream] = 0
+
+    def _offsets(self, window: Window) -> Tensor:
+        """Of the window's heads and tensors, [H, 3], in numbers from the anchor."""
+        tensors = (window.k_HND, window.rotated_HND, window.v_HND)
+        assert all(x[0].is_contiguous() for x in tensors)
+        size = self.anchor.element_size()
+        first = torch.tensor([(x.data_ptr() - self.anchor.data_ptr()) // size for x in tensors])
+        return first + torch.arange(len(window.heads))[:, None] * torch.tensor([x.stride(0) for x in tensors])
+
+
+class _Graph:
+    """One width's."""
+
+    def __init__(self, model: CausalLM, policy: Policy[Any], width: int) -> None:
+        self._model, self._together, self._window = model, _Together(model, policy, width), policy.watched_tokens
+        self._placed: list[int | None] = [None] * width
+        self._tokens_B1 = torch.zeros((width, 1), dtype=torch.int64, device=model.spec.device)
+        self._given_2B = torch.empty((2, width), dtype=torch.int64, pin_memory=True)
+        self._taken = torch.cuda.Event()
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(model.spec.device)
+        stream.wait_stream(torch.cuda.current_stream(model.spec.device))
+        with torch.cuda.stream(stream):  # compiles what there is to compile
+            for _ in range(3):
+                self._pass()
+        torch.cuda.current_stream(model.spec.device).wait_stream(stream)
+        # Other threads move blocks meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._logits_B1V = self._pass()
+        log.info("decode of %d streams captured as a CUDA graph", width)
+
+    def run(self, tokens_B1: Tensor, states: Sequence[State]) -> Tensor:
+        self._place(states)
+        self._taken.synchronize()  # by the last run
+        self._given_2B.zero_()
+        self._given_2B[0, : len(states)] = tokens_B1[:, 0]
+        self._given_2B[1, : len(states)] = torch.tensor([state.filled for state in states])
+        given_2B = self._given_2B.to(self._tokens_B1.device, non_blocking=True)
+        self._taken.record()
+        self._tokens_B1[:, 0] = given_2B[0]
+        self._together.filled_B.copy_(given_2B[1])
+        self._graph.replay()
+        for b, state in enumerate(states):
+            for i, seen in enumerate(state.queries):
+                before = seen[:, max(0, seen.shape[1] + 1 - self._window) :]
+                state.queries[i] = torch.cat([before, self._together.queries_CBGD[i, b][:, None]], dim=1)
+        return self._logits_B1V[: len(states)].clone()
+
+    def _place(self, states: Sequence[State]) -> None:
+        for stream, placed in enumerate(self._placed):
+            version = states[stream].version if stream < len(states) else None
+            if version != placed:
+                if version is None:
+                    self._together.pad(stream)
+                else:
+                    self._together.place(stream, states[stream])
+                self._placed[stream] = version
+
+    def _pass(self) -> Tensor:
+        hidden_B1C = self._model.hidden(self._tokens_B1, self._together)
+        return self._model.head(hidden_B1C, all_logits=True)
+
+
+class SegmentGraphs:
+    """Whole segments, with what their close does on the device, for windows that come again in the same place.
+
+    whole: the pass, of tokens_T and a state; logits of the last token.
+    """
+
+    def __init__(self, whole: Callable[[Tensor, State], Tensor], policy: Policy[Any]) -> None:
+        self._whole, self._policy = whole, policy
+        self._seen: OrderedDict[Standing, _Segment | None] = OrderedDict()
+
+    def fits(self, state: State, tokens: int) -> bool:
+        """Whether a pass of so many tokens is a whole segment, in windows that have stood like this before."""
+        policy = self._policy
+        if not isinstance(policy, RetrievingPolicy) or not policy.capturable or torch.is_grad_enabled():
+            return False
+        config = policy.config
+        whole = state.filled == 0 and tokens == config.segment_tokens >= policy.watched_tokens
+        if not whole or not policy.like.is_cuda or state.closed < config.prefix_tokens:
+            return False
+        key = _windows(state)
+        if key in self._seen:
+            self._seen.move_to_end(key)
+            return True
+        self._seen[key] = None
+        if len(self._seen) > _KEPT:
+            self._seen.popitem(last=False)
+        return False
+
+    def run(self, tokens_T: Tensor, state: State, past: SessionPast) -> tuple[Tensor, Close]:
+        """Logits of the last token, [1, V], and the rest of the close."""
+        assert isinstance(self._policy, RetrievingPolicy)
+        key = _windows(state)
+        segment = self._seen[key]
+        if segment is None:
+            segment = self._seen[key] = _Segment(self._whole, self._policy, state)
+        return segment.run(tokens_T, state, past)
+
+
+def _windows(state: State) -> Standing:
+    return tuple((w.k_HND.data_ptr(), w.start, w.base, w.position) for layer in state.layers for w in layer)
+
+
+class _Segment:
+    """One set of windows'."""
+
+    def __init__(self, whole: Callable[[Tensor, State], Tensor], policy: RetrievingPolicy[Any], state: State) -> None:
+        self._policy, size = policy, policy.config.segment_tokens
+        self._tokens_T = torch.zeros(size, dtype=torch.int64, device=policy.like.device)
+        self._table = policy.rope.table  # the graph knows it by its address
+        self._pass, self._insert = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self._kv_RC2D: Tensor | None = None
+        full = copy.copy(state)
+        full.layers, full.queries = list(state.layers), list(state.queries)
+        with torch.cuda.graph(self._pass, capture_error_mode="thread_local"):
+            self._logits_1V = whole(self._tokens_T, full)
+            full.length, full.filled = state.length + size, size
+            self._left = policy.leave(full, keeps=True)
+        self._queries = full.queries
+        log.info("prefill of %d tokens captured as a CUDA graph", size)
+
+    def run(self, tokens_T: Tensor, state: State, past: SessionPast) -> tuple[Tensor, Close]:
+        self._tokens_T.copy_(tokens_T)
+        self._pass.replay()
+        state.queries = [q.clone() for q in self._queries]
+        return self._logits_1V.clone(), self._close
+
+    def _close(self, state: State, past: SessionPast) -> None:
+        left = Left(self._left.ends)
+        if past.segments * self._policy.config.segment_tokens < state.length:
+            assert self._left.kv_SC2D is not None
+            left = Left(self._left.ends, self._left.kv_SC2D.clone(), self._left.searched)
+        self._policy.settle(state, past, left, self._put)
+
+    def _put(self, state: State, kv_RC2D: Tensor, ends: Ends) -> None:
+        """`RetrievingPolicy.insert`, captured when it is first called."""
+        if self._kv_RC2D is None:
+            self._kv_RC2D = kv_RC2D.clone()
+            with torch.cuda.graph(self._insert, capture_error_mode="thread_local"):
+                self._policy.insert(state, self._kv_RC2D, ends)
+        if self._kv_RC2D.shape != kv_RC2D.shape:
+            self._policy.insert(state, kv_RC2D, ends)
+            return
+        self._kv_RC2D.copy_(kv_RC2D)
+        self._insert.replay()
