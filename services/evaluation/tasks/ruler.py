@@ -77,11 +77,12 @@ class Maker(ABC):
         """Raises ConfigError for a length too short."""
         units = self._fitting()
         while True:
-            used = units
-            while self.count((sample := self.draw(used)).prompt) + self.tokens > self.length:
-                if used <= self.step:
-                    raise ConfigError(f"{self.length} tokens are too few for RULER's smallest sample")
-                used -= self.step
+            for used in range(units, 0, -self.step):
+                sample = self.draw(used)
+                if self.count(sample.prompt) + self.tokens <= self.length:
+                    break
+            else:
+                raise ConfigError(f"{self.length} tokens are too few for RULER's smallest sample")
             yield sample
 
     def _fitting(self) -> int:
@@ -346,7 +347,7 @@ class Ruler(Asking):
     def item(self, case: Case, frame: Frame) -> Item:
         maker = MAKERS[self.section.task](case.length, frame.count)
         source, made = self._made.setdefault(case.length, (maker.samples(), []))
-        made += islice(source, case.number + 1 - len(made))
+        made += islice(source, max(0, case.number + 1 - len(made)))
         sample = made[case.number]
         turn = Turn(
             question=sample.question,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from segcore.errors import ConfigError, LimitExceeded
 from segcore.tasks.base import Item, Span, Turn
@@ -187,3 +191,28 @@ def test_perplexity_is_told_by_position(model_directory, values, arm):
 def test_perplexity_takes_lengths_alone(values, task):
     with pytest.raises(ConfigError, match="takes lengths"):
         open_suites(EvalConfig.model_validate(values("x", tasks=[{"task": "perplexity", **task}])))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser: apt-get install chromium")
+def test_the_report_can_be_looked_at(values, tmp_path):
+    """In a browser: pictures are drawn, and nothing is wider than the page."""
+    results = [
+        result(arm, i, float(i % 2), length=length, prefill_s=1.0, prompt_tokens=length, first_token_s=0.1)
+        for arm in ("full", "segmented")
+        for length in (400, 700)
+        for i in range(6)
+    ]
+    page = tmp_path / "report.html"
+    counted = "document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg').length"
+    probe = f"<script>document.title = {counted}</script>"
+    page.write_text(html(summary(values, results)).replace("</body>", probe + "</body>"))
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,2000"]
+    picture = tmp_path / "page.png"
+    subprocess.run([*browser, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=120)
+    dom = subprocess.run([*browser, "--dump-dom", page.as_uri()], check=True, capture_output=True, timeout=120).stdout
+    width, drawn = re.search(r"<title>(\d+) (\d+)</title>", dom.decode()).groups()
+    assert int(width) <= 1100
+    assert int(drawn) >= 2
+    with Image.open(picture) as seen:
+        assert len(seen.convert("RGB").getcolors(2**24)) > 50

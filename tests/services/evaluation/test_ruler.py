@@ -99,7 +99,8 @@ def theirs(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "length"),
-    [(task, 6000) for task in MAKERS] + [("niah_single_1", 3000), ("cwe", 4000), ("niah_multikey_3", 9000)],
+    [(task, 30_000 if task.startswith("qa") else 6000) for task in MAKERS]
+    + [("niah_single_1", 3000), ("cwe", 4000), ("niah_multikey_3", 9000)],
 )
 def test_the_same_seed_gives_their_samples(theirs, task, length, monkeypatch):
     monkeypatch.setattr(ruler, "_listed", FEW.__getitem__)
