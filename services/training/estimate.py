@@ -66,7 +66,7 @@ def _trained_parameters(config: TrainConfig, model: Any) -> int:
         return 0
     linears = ((name.rpartition(".")[2], m) for name, m in model.base_model.named_modules() if isinstance(m, nn.Linear))
     wanted = (m for name, m in linears if config.lora.modules is None or name in config.lora.modules)
-    return sum(config.lora.rank * int(linear.in_features + linear.out_features) for linear in wanted)
+    return int(sum(config.lora.rank * (linear.in_features + linear.out_features) for linear in wanted))
 
 
 def _activation_bytes(config: TrainConfig, segment: SegmentConfig, shape: Any, b: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from segcore.tasks.base import Item
+from segcore.tasks.base import Item, Turn
 from segcore.text import ChatFormat, TextTokenizer
 from segcore.training.stream import IGNORED, TrainingStream
 from segcore.turns import Conversation, lay_out
@@ -143,12 +143,27 @@ class StreamMaker:
             laid.answer(answer)
         return _stream(name, laid, answers_only)
 
-    def item(self, name: str, item: Item, answers_only: bool) -> TrainingStream:
-        """A task's item, with what selectors are taught."""
+    def item(self, name: str, item: Item, loss: str) -> TrainingStream:
+        """A task's item, with what selectors are taught. loss: of "all", "answers", or their "values" alone."""
         laid = self._conversation(None)
         needed = lay_out(item, laid)
         taught = {mark: spans for mark, spans in zip(laid.marks, needed, strict=True) if spans}
-        return _stream(name, laid, answers_only, taught)
+        if loss == "values":
+            answers = zip(laid.answers, item.turns, strict=True)
+            laid.answers = [run for where, turn in answers for run in self._values(laid.tokens, where, turn)]
+        return _stream(name, laid, loss != "all", taught)
+
+    def _values(self, tokens: list[int], answer: range, turn: Turn) -> list[range]:
+        """The tokens of an answer that have characters of what it must hold."""
+        decode = self.text.tokenizer.decode
+        ends = [len(decode(tokens[answer.start : stop])) for stop in range(answer.start, answer.stop + 1)]
+        text, runs = decode(tokens[answer.start : answer.stop]), []
+        for value in turn.expected:
+            at = text.find(value)
+            inside = [i for i in range(len(answer)) if at >= 0 and ends[i] < at + len(value) and ends[i + 1] > at]
+            if inside:
+                runs.append(range(answer.start + inside[0], answer.start + inside[-1] + 1))
+        return runs
 
     def _conversation(self, system: str | None) -> Conversation:
         chat = self.chat if system is None else ChatFormat.of(self.text, system)

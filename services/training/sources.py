@@ -71,8 +71,8 @@ class SourceConfig(Section):
     """Files, or tasks.
 
     files: text (a file is a document), JSON lines, Parquet, folders of these, and data sets that `datasets` saved.
-    weight: how many of the streams come from here, relative to the other sources. loss: "all" tokens, or "answers"
-    alone; None: all of documents, answers of the rest.
+    weight: how many of the streams come from here, relative to the other sources. loss: "all" tokens, "answers"
+    alone, or, of tasks, what answers must hold, their "values"; None: all of documents, answers of the rest.
 
     Of files: text: the field that is a document. messages: the field that is a conversation. prompt: fields of the
     user's turn, and answer, the field of the answer to it. The first of these that is set says what records are; none:
@@ -85,7 +85,7 @@ class SourceConfig(Section):
     files: tuple[Annotated[Path, AfterValidator(_beside_the_file)], ...] = ()
     tasks: tuple[TaskConfig, ...] = ()
     weight: float = Field(default=1.0, gt=0)
-    loss: Literal["all", "answers"] | None = None
+    loss: Literal["all", "answers", "values"] | None = None
     text: str | None = None
     messages: str | None = None
     prompt: tuple[str, ...] = ()
@@ -108,6 +108,8 @@ class SourceConfig(Section):
         )
         if wrong := only & self.model_fields_set:
             raise ValueError(f"{', '.join(sorted(wrong))}: not of {'tasks' if self.tasks else 'files'}")
+        if self.loss == "values" and not self.tasks:
+            raise ValueError('loss: "values" is of tasks, whose answers are known to the word')
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError("lengths must be at least 1")
         return self
@@ -242,7 +244,7 @@ class TaskSource(Source):
             turn_tokens=turn,
         )
         item = draw_task(chosen.task, chosen.options, rng).make(room, f"{self._seed} {number}")
-        return self._maker.item(item.name, item, self._config.loss != "all")
+        return self._maker.item(item.name, item, self._config.loss or "answers")
 
     def digest(self) -> bytes:
         return self._haystack.digest.encode()

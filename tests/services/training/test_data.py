@@ -240,6 +240,20 @@ def tokens(batches):
     return [[(s.name, s.tokens_T.tolist(), s.marks) for s in batch] for batch in batches]
 
 
+def test_values_are_what_an_answer_must_hold_and_each_is_an_answer(tokenizer):
+    task = {"task": "needle", "keys": 2, "values": 2}
+    sources = [{"tasks": [task], "lengths": [1500], "loss": loss} for loss in ("answers", "values")]
+    whole, values = (first(config(source), tokenizer, 2) for source in sources)
+    for answer, value in zip(whole, values, strict=True):
+        assert len(value.answers) == 2
+        runs = [read(tokenizer, value.tokens_T[run.start + 1 : run.stop + 1].tolist()) for run in value.answers]
+        said = learnt(tokenizer, answer)
+        assert all(run.strip(" .") in said for run in runs)
+        assert 0 < value.valid_tokens < answer.valid_tokens
+    with pytest.raises(ValidationError, match="is of tasks"):
+        config({"files": ["a.txt"], "loss": "values"})
+
+
 def test_an_epoch_has_every_document_once_and_each_has_its_own_order(corpus, tokenizer):
     made = config({"files": [corpus]}, streams_per_step=1, shuffle=True)
     loader = open_data(made, tokenizer)
