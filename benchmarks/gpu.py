@@ -28,9 +28,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.record import RESULTS, Figure, records, write
 from segcore.config import CacheConfig, Cell, SegmentedConfig
 from segcore.engine.runner import Runner
+from segcore.engine.snapshot import pack, unpack
 from segcore.model import CausalLM
 from segcore.pastkv.manager import PastKVManager
+from segcore.pastkv.session import SessionPast
 from segcore.presets import LONG_HEADS, LONG_LAYERS
+from segcore.state import State
 
 COMMAND = "-m benchmarks.gpu"
 S, GIB = 4096, 2**30
@@ -100,6 +103,8 @@ SHAPES = [
         },
     ),
 ]
+# The shape that many sessions are decoded with, and how many.
+BATCHED, SESSIONS = "llama31_8b", (1, 8, 32, 64)
 # Per shape: the least speed-up of a prefill of 128K tokens.
 SPEEDUPS = {"llama2_7b": ">= 3.5", "llama31_8b": ">= 3.5", "smollm2": ">= 4"}
 
@@ -164,6 +169,15 @@ class Stream:
         one = torch.tensor([7])
         return median(lambda: self.runner.advance(one, self.state, self.past), tokens)
 
+    def decode_bytes(self) -> int:
+        """What a token must read: weights but the embedding's, and the keys and values that it sees."""
+        model = self.lm.model
+        weights = sum(p.nbytes for p in (*self.lm.layers[0].parameters(),)) * len(self.lm.layers)
+        weights += model.get_output_embeddings().weight.nbytes
+        windows = (w for layer in self.state.layers for w in layer)
+        rows = sum(len(w.heads) * (w.base + self.state.filled - w.start) for w in windows)
+        return weights + 2 * rows * self.lm.spec.head_dim * self.lm.spec.dtype.itemsize
+
 
 def measure_ours(shape: Shape, lengths: tuple[int, ...]) -> dict[str, Any]:
     stream = Stream(shape)
@@ -172,7 +186,7 @@ def measure_ours(shape: Shape, lengths: tuple[int, ...]) -> dict[str, Any]:
     stream.decode(5)
     stream.end()
     weights = sum(p.numel() for layer in stream.lm.layers for p in layer.parameters())
-    runs: dict[str, Any] = {"weights": weights, "prefill_s": {}, "peak_gib": {}, "decode_s": {}}
+    runs: dict[str, Any] = {"weights": weights, "prefill_s": {}, "peak_gib": {}, "decode_s": {}, "decode_bytes": {}}
     for length in lengths:
         prefills = []
         for _ in range(3 if length <= PEER_TOKENS else 1):
@@ -181,10 +195,54 @@ def measure_ours(shape: Shape, lengths: tuple[int, ...]) -> dict[str, Any]:
             prefills.append(seconds(lambda n=length: stream.run(tokens[:n])))
             runs["peak_gib"][length] = torch.cuda.max_memory_allocated() / GIB
             runs["decode_s"][length] = stream.decode(20)
+            runs["decode_bytes"][length] = stream.decode_bytes()
             stream.end()
         runs["prefill_s"][length] = statistics.median(prefills)
         print(shape.name, length, {k: v[length] for k, v in runs.items() if k != "weights"}, flush=True)
     return runs
+
+
+@torch.inference_mode()
+def measure_batch(shape: Shape) -> dict[int, float]:
+    """Tokens a second of many sessions of PEER_TOKENS each, by their number; their pasts are forks of one."""
+    stream = Stream(shape)
+    stream.run(torch.randint(0, 32000, (PEER_TOKENS,), generator=torch.Generator().manual_seed(1)))
+    packed, rates = pack(stream.state), {}
+    states: list[State] = []
+    pasts: list[SessionPast] = []
+    for sessions in SESSIONS:
+        while len(states) < sessions:
+            states.append(unpack(packed, stream.runner.policy))
+            pasts.append(stream.past.fork())
+        tokens = torch.full((sessions, 1), 7)
+
+        def step(tokens: Tensor = tokens, sessions: int = sessions) -> None:
+            logits_B1V = stream.runner.forward(tokens, states, pasts, width=sessions)
+            for state, past, logits_1V in zip(states, pasts, logits_B1V, strict=True):
+                stream.runner.arrive(state, past, 1, logits_1V[-1])
+            tokens[:, 0] = logits_B1V[:, 0].argmax(dim=-1).cpu()
+
+        step()
+        rates[sessions] = sessions / median(step, 20)
+        print(shape.name, sessions, "sessions", rates[sessions], "tokens/s", flush=True)
+    return rates
+
+
+@torch.inference_mode()
+def measure_peer_batch(shape: Shape) -> dict[int, float]:
+    """The same of full attention, as far as its keys and values fit."""
+    model = shape.build()
+    ids = torch.randint(0, 32000, (1, PEER_TOKENS), device="cuda")
+    rates: dict[int, float] = {}
+    cache, sessions = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values, 1
+    try:
+        while True:
+            rates[sessions] = sessions / peer_decode(model, ids[:, :1].expand(sessions, 1), cache)
+            print(shape.name, "peer", sessions, "sessions", rates[sessions], "tokens/s", flush=True)
+            cache.batch_repeat_interleave(2)
+            sessions *= 2
+    except torch.cuda.OutOfMemoryError:
+        return rates
 
 
 def peer_decode(model: Any, one: Tensor, cache: Any) -> float:
@@ -236,6 +294,15 @@ def figures(shape: str, ours: dict[str, Any], peer: dict[str, Any], top: dict[st
         yield f"peak_ratio_128k_{shape}", peer["peak_gib"] / ours["peak_gib"][n], "peer / engine", ">= 6.3", PEER
         chunked_peak = peer["chunked_peak_gib"] / ours["peak_gib"][n]
         yield f"peak_ratio_128k_{shape}_chunked", chunked_peak, "peer / engine", None, CHUNKED
+        floor = ours["decode_bytes"][n] / top["tbps"] / 1e12
+        over = "<= 1.25" if shape == "llama2_7b" else None
+        yield (
+            f"decode_over_floor_128k_{shape}",
+            ours["decode_s"][n] / floor,
+            "of the bytes read at copy speed",
+            over,
+            None,
+        )
         yield f"decode_speedup_128k_{shape}", peer["decode_s"] / ours["decode_s"][n], "peer / engine", ">= 5", PEER
     if {65536, 1048576} <= ours["prefill_s"].keys():
         rates = [length / ours["prefill_s"][length] for length in (65536, 1048576)]
@@ -246,6 +313,15 @@ def figures(shape: str, ours: dict[str, Any], peer: dict[str, Any], top: dict[st
     if {8192, 1048576} <= ours["decode_s"].keys():
         steady = ours["decode_s"][1048576] / ours["decode_s"][8192]
         yield f"decode_1m_over_8k_{shape}", steady, "1m / 8k", "<= 1.05", None
+
+
+def batch_figures(shape: str, ours: dict[int, float], peer: dict[int, float]) -> Iterator[Figure]:
+    for sessions, rate in ours.items():
+        yield f"batch_decode_{sessions}_sessions_128k_{shape}", rate, "tokens/s", None, None
+    for sessions, rate in peer.items():
+        yield f"batch_decode_{sessions}_sessions_128k_{shape}_peer", rate, "tokens/s", None, PEER
+    speedup = max(ours.values()) / max(peer.values())
+    yield f"batch_decode_speedup_128k_{shape}", speedup, "engine / peer, best of each", ">= 10", PEER
 
 
 def main() -> None:
@@ -265,6 +341,13 @@ def main() -> None:
         torch.cuda.empty_cache()
         raw[shape.name] = {"ours": ours, "peer": peer}
         found += list(figures(shape.name, ours, peer, top))
+        if shape.name == BATCHED:
+            batches = []
+            for measure in (measure_batch, measure_peer_batch):
+                batches.append(measure(shape))
+                gc.collect()
+                torch.cuda.empty_cache()
+            found += list(batch_figures(shape.name, *batches))
     for figure in found:
         print(*figure)
     if not options.dry:

@@ -223,7 +223,7 @@ class _Segment:
         with torch.cuda.graph(self._pass, capture_error_mode="thread_local"):
             self._logits_1V = whole(self._tokens_T, full)
             full.length, full.filled = state.length + size, size
-            self._left = policy.leave(full, keeps=True)
+            self._left = policy.leave(full, keeps=bool(policy.readers))
         self._queries = full.queries
         log.info("prefill of %d tokens captured as a CUDA graph", size)
 
@@ -234,9 +234,8 @@ class _Segment:
         return self._logits_1V.clone(), self._close
 
     def _close(self, state: State, past: SessionPast) -> None:
-        left = Left(self._left.ends)
-        if past.segments * self._policy.config.segment_tokens < state.length:
-            assert self._left.kv_SC2D is not None
+        left, kept = Left(self._left.ends), past.segments * self._policy.config.segment_tokens
+        if self._left.kv_SC2D is not None and kept < state.length:  # a segment that runs again is in past KV already
             left = Left(self._left.ends, self._left.kv_SC2D.clone(), self._left.searched)
         self._policy.settle(state, past, left, self._put)
 

@@ -40,9 +40,9 @@ class ExhaustiveIndex(KeyIndex):
 
     def _start(self) -> None:
         spec, shape = self._spec, (self._spec.selectors, self._segment, self._spec.head_dim)
-        self._keys = Pages(
-            shape, spec.dtype, spec.device, spec.device_budget_bytes // (math.prod(shape) * spec.dtype.itemsize)
-        )
+        device_rows = spec.device_budget_bytes // (math.prod(shape) * spec.dtype.itemsize)
+        # Without a place on the device it only has rows gathered, by the host.
+        self._keys = Pages(shape, spec.dtype, spec.device, device_rows, pin=device_rows > 0)
 
     def _append(self, keys_CND: Tensor) -> None:
         self._keys.append(keys_CND)

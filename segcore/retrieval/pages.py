@@ -15,11 +15,21 @@ PAGE_ROWS = 64
 class Pages:
     """A table that grows by one row, is cut short, and is forked without copying what doesn't change.
 
-    device_rows: rows that may live on `device`; later pages live in host memory, pinned where the device is a GPU.
+    device_rows: rows that may live on `device`; later pages live in host memory. pin: those are pinned where the device
+    is a GPU, to be read from there; it takes long.
     """
 
-    def __init__(self, row_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, device_rows: int) -> None:
+    def __init__(
+        self,
+        row_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        device_rows: int,
+        *,
+        pin: bool = True,
+    ) -> None:
         self._row_shape, self._dtype, self._device, self._device_rows = row_shape, dtype, device, device_rows
+        self._pin = pin and device.type == "cuda"
         self._pages: list[Tensor] = []
         self._writable = True
         self.rows = 0
@@ -83,7 +93,7 @@ class Pages:
         shape = (rows, *self._row_shape)
         if self._on_device(page, rows):
             return torch.empty(shape, dtype=self._dtype, device=self._device)
-        return torch.empty(shape, dtype=self._dtype, pin_memory=self._device.type == "cuda")
+        return torch.empty(shape, dtype=self._dtype, pin_memory=self._pin)
 
     def _put(self, i: int, page: Tensor) -> None:
         """Make `page` the i-th, with the rows of the one that it replaces."""
