@@ -157,7 +157,7 @@ class StreamMaker:
         """The tokens of an answer that have characters of what it must hold."""
         decode = self.text.tokenizer.decode
         ends = [len(decode(tokens[answer.start : stop])) for stop in range(answer.start, answer.stop + 1)]
-        text, runs = decode(tokens[answer.start : answer.stop]), []
+        text, runs = str(decode(tokens[answer.start : answer.stop])), []
         for value in turn.expected:
             at = text.find(value)
             inside = [i for i in range(len(answer)) if at >= 0 and ends[i] < at + len(value) and ends[i + 1] > at]
