@@ -89,6 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--no-check", action="store_true", help="formulas alone: nothing is run or measured")
     memory.set_defaults(run=_memory)
 
+    evaluation = commands.add_parser(
+        "eval",
+        help="score models and policies on long-context tasks, and report",
+        description=(
+            "segcore eval CONFIG.yaml runs an evaluation, or goes on with it; report FOLDER writes a run's report"
+            " again; compare FOLDER FOLDER sets two runs side by side."
+        ),
+    )
+    evaluation.add_argument("words", metavar="CONFIG.yaml | report | compare", nargs="+")
+    evaluation.add_argument("--address", help="a Ray cluster's: auto, or ray://HOST:10001; default: one of its own")
+    evaluation.set_defaults(run=_eval)
+
     train = commands.add_parser(
         "train",
         help="fine-tune a model on a Ray cluster, or here",
@@ -171,6 +183,12 @@ def _memory(options: argparse.Namespace) -> int:
 
     wanted = {"sessions": options.sessions, "tokens": options.tokens, "check": not options.no_check}
     return memory(options.model, options.dtype, options.segment, **wanted)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from services.evaluation.command import run_eval
+
+    return run_eval(options.words, options.address)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -58,12 +58,23 @@ def test_generated_code_is_touched_by_few():
 def test_ray_is_named_by_few():
     users = {name_of(p) for p in SOURCES if "ray" in tops(p)}
     assert users == {
+        "services/evaluation/run.py",
         "services/serving/app.py",
         "services/serving/ingress.py",
         "services/serving/local.py",
         "services/training/jobs.py",
         "services/training/train.py",
     }
+
+
+def test_tasks_are_pure_python():
+    """Generators of text know no tokens and no tensors: they run wherever a configuration is checked."""
+    allowed = {"segcore", "__future__"} | set(sys.stdlib_module_names)
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "segcore" / "tasks"):
+            assert tops(path) <= allowed, path
+            inside = {name for name in IMPORTS[path] if name.startswith("segcore.")}
+            assert all(name.startswith(("segcore.tasks", "segcore.errors")) for name in inside), path
 
 
 def run_without(blocked: set[str], code: str) -> str:

@@ -242,6 +242,13 @@ class Engine:
                 state_bytes=session.state.nbytes,
             )
 
+    def retrieved(self, session_id: str) -> list[int]:
+        """Positions in the stream of what was last retrieved, for any reader, ascending."""
+        with self._changed:
+            session = self._at_rest(session_id)
+            rows = session.state.retrieved_CR if session.parked is None else session.parked["retrieved"]
+            return sorted(set(rows.flatten().tolist()))
+
     def stats(self) -> EngineStats:
         with self._changed:
             past = self._past.used_bytes

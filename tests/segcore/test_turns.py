@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from segcore.tasks.base import Item, Room, Span, Turn
 from segcore.tasks.haystack import Haystack
@@ -103,6 +104,17 @@ def test_needed_tokens_are_those_of_the_needed_characters(conversation):
     assert needed[2] == ()
     assert len(conversation.marks) == len(conversation.answers) == 3
     assert all(mark < answer.start for mark, answer in zip(conversation.marks, conversation.answers, strict=True))
+
+
+def test_a_question_continues_the_document_word_marks_and_all():
+    """As the service does: a text in the middle gets no mark of a text's beginning."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    text = TextTokenizer(tokenizer)
+    conversation = Conversation(text, ChatFormat.of(text))
+    conversation.document("Text.")
+    conversation.ask("Why?")
+    assert decode(conversation).startswith(" Text.\n\nWhy?")
 
 
 def test_a_fork_goes_on_by_itself(conversation):

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from segcore.errors import ConfigError
 from segcore.text import DocumentEncoder, TextTokenizer
 from segcore.training.stream import IGNORED
-from services.training.data import DataConfig, open_data, report_lines
+from services.training.data import DataConfig, Draw, _share, open_data, report_lines
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
 
 END = 1
@@ -300,6 +300,11 @@ def test_a_step_has_the_same_streams_whatever_the_workers(corpus, tokenizer, wor
         assert sorted(dealt) == sorted(whole)
         assert all(share[step] for share in shares)
     assert len({json.dumps(loader.state()) for loader in loaders}) == 1
+
+
+def test_no_worker_always_has_the_longer_streams():
+    draws = [Draw(0, i, size) for i, size in enumerate([60, 10, 50, 20, 40, 30])]
+    assert [[draw.size for draw in _share(draws, rank, 2)] for rank in range(2)] == [[60, 30, 20], [50, 40, 10]]
 
 
 def test_workers_may_change_between_stop_and_resumption(corpus, tokenizer):

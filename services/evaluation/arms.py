@@ -1,0 +1,210 @@
+"""Arms: what answers. An engine of this process, which runs the very passes that a service runs."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from segcore.config import CacheConfig, EngineConfig, SegmentConfig
+from segcore.engine.engine import Engine
+from segcore.engine.request import Generation
+from segcore.errors import LimitExceeded
+from segcore.reading import token_losses
+from segcore.sampling import SamplingParams
+from segcore.tasks.base import Item, Turn
+from segcore.text import AnswerText
+from segcore.turns import Conversation
+from segcore.weights import LoadedModel
+from services.evaluation.config import Lead
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An answer, and what it took.
+
+    text: the lead not included. prompt_tokens, answer_tokens: of the stream. prefill_s: until the document had been
+    run. first_token_s: from the question to the answer's first token. answer_s: from there to its end. device_bytes,
+    past_bytes: at the answer's end. recall: share of the needed tokens that the answer's first pass could see, of those
+    that reading cells see; None where it isn't known. retrieved: texts of what was retrieved, for people.
+    truncated: the document was cut.
+    """
+
+    text: str
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
+    prefill_s: float | None = None
+    first_token_s: float | None = None
+    answer_s: float | None = None
+    device_bytes: int | None = None
+    past_bytes: int | None = None
+    recall: float | None = None
+    retrieved: list[str] = field(default_factory=list)
+    truncated: bool = False
+
+
+class Arm(Protocol):
+    """Answers an item's turns, each as if it were the only one. Raises SegcoreError for what it can't answer."""
+
+    def answers(self, item: Item, max_tokens: int, lead: Lead, truncate: bool) -> list[Answer]: ...
+
+    def close(self) -> None: ...
+
+
+def asked(turn: Turn, lead: Lead) -> str:
+    """The question as it is put."""
+    return f"{turn.question} {turn.lead}" if lead == "question" and turn.lead else turn.question
+
+
+class EngineArm:
+    """A model under a policy, in an engine of its own."""
+
+    def __init__(self, model: LoadedModel, segment: SegmentConfig, past_bytes: int) -> None:
+        # Nothing is taken over from earlier items: each is prefilled, and timed.
+        cache = CacheConfig(host_bytes=past_bytes, reuse=False)
+        self._model, self._segment, self._past_bytes = model, segment, past_bytes
+        self._engine = Engine(model.lm, model.identified(EngineConfig(segment=segment, cache=cache, slots=2)))
+
+    def close(self) -> None:
+        self._engine.shutdown()
+
+    def losses(self, text: str, tokens: int) -> list[float]:
+        """Minus log likelihood of each of a text's first tokens but the very first, in nats."""
+        head = self._model.chat.head if not self._model.chat.header else []  # such as a beginning-of-sequence token
+        made = torch.tensor([*head, *self._model.tokenizer.encode_pieces(text).tokens][:tokens])
+        found: list[float] = token_losses(self._model.lm, self._segment, made, past_bytes=self._past_bytes).tolist()
+        return found
+
+    def answers(self, item: Item, max_tokens: int, lead: Lead, truncate: bool) -> list[Answer]:
+        stream, session = _Stream(self._model, item), uuid.uuid4().hex
+        if truncate:
+            stream.cut(self._engine.max_stream_tokens, max_tokens, lead)
+        longest = max(stream.length(turn, lead) for turn in item.turns) + max_tokens
+        if longest > self._engine.max_stream_tokens:
+            raise LimitExceeded(
+                f"{longest} tokens, and the policy runs {self._engine.max_stream_tokens} at most",
+                max_tokens=self._engine.max_stream_tokens,
+            )
+        self._engine.open(session)
+        try:
+            began = time.monotonic()
+            self._engine.append(session, stream.document)
+            self._engine.flush(session).result()
+            prefill_s = time.monotonic() - began
+            return [self._answer(session, stream, i, max_tokens, lead, prefill_s) for i in range(len(item.turns))]
+        finally:
+            self._engine.close(session)
+
+    def _answer(
+        self, document: str, stream: _Stream, turn: int, max_tokens: int, lead: Lead, prefill_s: float
+    ) -> Answer:
+        session, engine = f"{document}-{turn}", self._engine
+        before, after = stream.question(stream.item.turns[turn], lead)
+        engine.fork(document, session)
+        try:
+            began = time.monotonic()
+            engine.append(session, before)
+            engine.mark(session)
+            engine.append(session, after)
+            engine.flush(session).result()
+            seen = engine.retrieved(session)
+            text = AnswerText(self._model.tokenizer, self._model.end_tokens, ())
+            parts, times = [], [began]
+
+            def on_token(token: int) -> bool:
+                times.append(time.monotonic())
+                parts.append(text.push(token))
+                return text.finished
+
+            generation = Generation(SamplingParams(max_tokens=max_tokens), on_token)
+            engine.generate(session, generation)
+            generation.done.result()
+            stats = engine.stats()
+            length = len(stream.document) + len(before) + len(after)
+            return Answer(
+                text="".join(parts) + text.flush(),
+                prompt_tokens=length,
+                answer_tokens=generation.tokens,
+                prefill_s=prefill_s,
+                first_token_s=times[1] - began,
+                answer_s=times[-1] - times[1],
+                device_bytes=_peak_bytes(self._model, stats.engine_bytes),
+                past_bytes=sum(stats.past_bytes.values()),
+                recall=stream.recall(turn, seen, self._visible(length)),
+                retrieved=stream.texts(seen),
+                truncated=stream.truncated,
+            )
+        finally:
+            engine.close(session)
+
+    def _visible(self, length: int) -> range | None:
+        """Tokens that reading cells see beside sinks and what was retrieved; None where cells see different things."""
+        tail = getattr(self._segment, "reader_tail_tokens", None)
+        if tail is None or not getattr(self._segment, "retrieved_tokens", 0):
+            return None
+        closed = length // self._segment.segment_tokens * self._segment.segment_tokens
+        return range(max(0, closed - tail), length)
+
+
+class _Stream:
+    """An item as tokens of a model."""
+
+    def __init__(self, model: LoadedModel, item: Item) -> None:
+        self.item, self.truncated, self._model = item, False, model
+        self._conversation = Conversation(model.tokenizer, model.chat)
+        first, made = self._conversation.document(item.document)
+        self.document = self._conversation.tokens
+        self._needed = [
+            [t for span in turn.needed for t in range(*(first + x for x in made.within(*span)))] for turn in item.turns
+        ]
+
+    def question(self, turn: Turn, lead: Lead) -> tuple[list[int], list[int]]:
+        """The tokens before the mark and after it, a lead that begins the answer included."""
+        asking = self._conversation.fork()
+        asking.ask(asked(turn, lead))
+        start, mark = len(self._conversation.tokens), asking.marks[0]
+        begun = self._model.tokenizer.encode_continuation(turn.lead) if lead == "answer" else []
+        return asking.tokens[start:mark], asking.tokens[mark:] + begun
+
+    def length(self, turn: Turn, lead: Lead) -> int:
+        before, after = self.question(turn, lead)
+        return len(self.document) + len(before) + len(after)
+
+    def cut(self, most: int, max_tokens: int, lead: Lead) -> None:
+        """Leave out the document's middle, if the stream would be too long."""
+        excess = max(self.length(turn, lead) for turn in self.item.turns) + max_tokens - most
+        if excess > 0:
+            half = (len(self.document) - excess) // 2
+            self.document, self.truncated = self.document[:half] + self.document[half + excess :], True
+            self._needed = [[] for _ in self._needed]  # they have moved
+
+    def recall(self, turn: int, retrieved: list[int], visible: range | None) -> float | None:
+        needed = self._needed[turn]
+        if visible is None or not needed:
+            return None
+        seen = set(retrieved)
+        return sum(token in seen or token in visible or token < 4 for token in needed) / len(needed)
+
+    def texts(self, retrieved: list[int]) -> list[str]:
+        """What adjacent tokens say, in stream order."""
+        runs: list[list[int]] = []
+        for token in retrieved:
+            if runs and runs[-1][-1] + 1 == token:
+                runs[-1].append(token)
+            else:
+                runs.append([token])
+        decode, last = self._model.tokenizer.tokenizer.backend_tokenizer.decode, len(self.document)
+        return [decode(self.document[run[0] : run[-1] + 1]) for run in runs if run[0] < last]
+
+
+def _peak_bytes(model: LoadedModel, engine_bytes: int) -> int:
+    device = model.lm.spec.device
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else engine_bytes
+
+
+def as_record(answer: Answer) -> dict[str, Any]:
+    """What is kept of an answer, as JSON can hold it."""
+    return {name: value for name, value in vars(answer).items() if value not in (None, [], False)}

@@ -1,0 +1,187 @@
+"""A run: cases are dealt to workers on Ray, and their results kept as they come.
+
+A worker that dies is replaced, and its case dealt again: it had no result yet. A run that is stopped goes on where it
+was, for its folder bears the name of its settings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from segcore.errors import ConfigError, SegcoreError
+from services.evaluation.config import EvalConfig
+from services.evaluation.results import Key, Result, ResultFile
+from services.evaluation.tasks.base import Case, Suite
+from services.evaluation.tasks.registry import open_suites
+from services.local_ray import prepare_ray
+
+RESULTS, SETTINGS = "results.jsonl", "settings.json"
+OnResult = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every case of every arm, and what it stands for."""
+
+    config: EvalConfig
+    suites: dict[str, Suite]
+    cases: dict[str, Case] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: EvalConfig) -> Plan:
+        """Raises ConfigError."""
+        suites = open_suites(config)
+        return cls(config, suites, {case.id: case for suite in suites.values() for case in suite.cases()})
+
+    @property
+    def keys(self) -> list[Key]:
+        """Arm by arm, so that a worker changes its arm seldom."""
+        return [(arm.name, case) for arm in self.config.arms for case in self.cases]
+
+    @property
+    def data(self) -> dict[str, str]:
+        """A hash of each task's data."""
+        return {name: suite.digest for name, suite in self.suites.items()}
+
+
+def evaluate(config: EvalConfig, *, address: str | None = None, on_result: OnResult | None = None) -> Path:
+    """Run to the end, or go on with a run that was stopped; returns its folder, with all results in it.
+
+    address: a Ray cluster's; None: a Ray of this process's own, unless one is connected. on_result is told how many
+    results there are, of how many, and the arm of the latest. Raises SegcoreError.
+    """
+    plan = Plan.of(config)
+    check_settings(plan)
+    results = ResultFile(config.folder / RESULTS)
+    if unknown := results.results.keys() - set(plan.keys):
+        raise ConfigError(f"{results.path} has results of other cases, such as {sorted(unknown)[0]}")
+    left, told = results.left(plan.keys), on_result or (lambda done, total, arm: None)
+    told(len(results.results), len(plan.keys), "")
+    if left:
+        with _ray(config, address):
+            for result in dealt(plan, left, _Pool(config)):
+                results.add(result)
+                told(len(results.results), len(plan.keys), result["arm"])
+    assert set(results.results) == set(plan.keys), "a case was lost"
+    return config.folder
+
+
+def check_settings(plan: Plan) -> None:
+    """Write a run's settings, or compare with those that are there. Raises ConfigError if its data have changed."""
+    path = plan.config.folder / SETTINGS
+    settings = {"config": plan.config.model_dump(mode="json"), "data": plan.data, "run": plan.config.run_id}
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [name for name, digest in plan.data.items() if before["data"].get(name) != digest]
+        if changed:
+            raise ConfigError(
+                f"the data of {', '.join(changed)} have changed since this run began: remove {path.parent}, or give the"
+                " run another name"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1))
+
+
+class Pool(Protocol):
+    """What does the cases; `_Pool`, but for tests."""
+
+    def start(self, worker: Any | None, key: Key, case: Case) -> None: ...
+
+    def wait(self) -> tuple[Any | None, Key, Result | None]: ...
+
+    @property
+    def busy(self) -> bool: ...
+
+
+@contextmanager
+def _ray(config: EvalConfig, address: str | None) -> Iterator[None]:
+    prepare_ray()
+    import psutil
+    import ray
+
+    own = not ray.is_initialized()
+    if own and address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+    elif own:
+        workers = config.workers
+        ray.init(
+            num_cpus=max(psutil.cpu_count() or 1, int(workers.count * workers.cpus) + 1),
+            include_dashboard=False,
+            object_store_memory=150_000_000,
+            log_to_driver=False,
+            logging_level="WARNING",
+        )
+    try:
+        yield
+    finally:
+        if own:
+            ray.shutdown()
+
+
+class _Pool:
+    """Workers as Ray's actors, one case at a time each."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        import ray
+
+        from services.evaluation.worker import Worker
+
+        needs, self._settings = config.workers, config.model_dump(mode="json")
+        self._make = ray.remote(num_cpus=needs.cpus, num_gpus=needs.gpus)(Worker)
+        self._busy: dict[Any, tuple[Any, Key]] = {}
+
+    def start(self, worker: Any | None, key: Key, case: Case) -> None:
+        """Give a case to a worker that is idle, or to a new one."""
+        actor = worker or self._make.remote(self._settings)
+        self._busy[actor.run.remote(key[0], tuple(case))] = actor, key
+
+    def wait(self) -> tuple[Any | None, Key, Result | None]:
+        """A worker that is done, and its result; None for both if it died. Raises what the worker raised."""
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        (future, *_), _ = ray.wait(list(self._busy))
+        actor, key = self._busy.pop(future)
+        try:
+            return actor, key, ray.get(future)
+        except RayActorError:
+            return None, key, None
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, SegcoreError) else error from None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._busy)
+
+
+def dealt(plan: Plan, left: list[Key], pool: Pool) -> Iterator[Result]:
+    """The results of all these, each once, in the order in which they come."""
+    waiting, deaths = deque(left), dict.fromkeys(left, 0)
+    idle: list[Any | None] = [None] * min(plan.config.workers.count, len(left))
+    while waiting or pool.busy:
+        while waiting and idle:
+            key = waiting.popleft()
+            pool.start(idle.pop(), key, plan.cases[key[1]])
+        worker, key, result = pool.wait()
+        idle.append(worker)
+        if result is not None:
+            yield result
+            continue
+        deaths[key] += 1
+        if deaths[key] > plan.config.workers.failures:
+            yield _given_up(plan, key, deaths[key])
+        else:
+            waiting.appendleft(key)
+
+
+def _given_up(plan: Plan, key: Key, deaths: int) -> Result:
+    case = plan.cases[key[1]]
+    message = f"{deaths} workers died over it; is there too little memory?"
+    told = {"task": case.task, "length": case.length, "depth": case.depth}
+    return {"arm": key[0], "case": case.id, **told, "error": {"kind": "WorkerDied", "message": message}}

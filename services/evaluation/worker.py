@@ -1,0 +1,82 @@
+"""A worker: makes cases' items, has them answered by an arm, and judges the answers. Knows no Ray."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from segcore.errors import ConfigError, SegcoreError, Unavailable
+from segcore.weights import LoadedModel, load_model
+from services.evaluation.arms import Arm, EngineArm
+from services.evaluation.config import ArmSection, EvalConfig
+from services.evaluation.endpoint import EndpointArm
+from services.evaluation.results import Result
+from services.evaluation.tasks.base import Case, Frame
+from services.evaluation.tasks.registry import open_suites
+from services.served import ServedArm
+
+
+class Worker:
+    """One arm at a time; a model stays for the next arm that needs the same."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._config = EvalConfig.model_validate(settings)
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        workers = self._config.workers
+        torch.set_num_threads(workers.threads or max(1, int(workers.cpus)))
+        self._suites = open_suites(self._config)
+        self._models: dict[tuple[str, str, str], LoadedModel] = {}
+        self._frame: Frame | None = None
+        self._arm: tuple[str, Arm] | None = None
+
+    def run(self, arm: str, case: Case) -> Result:
+        """A case's result under an arm; what can't be answered is a result too.
+
+        Raises SegcoreError if the arm can't be had, or the item can't be made.
+        """
+        case = Case(*case)
+        told = {"arm": arm, "case": case.id, "task": case.task, "length": case.length, "depth": case.depth}
+        opened = self._opened(arm)
+        try:
+            return told | self._suites[case.task].result(case, self.frame, opened)
+        except (Unavailable, ConfigError):
+            raise  # nothing of the case's own: it stays without a result, and the run can go on later
+        except SegcoreError as error:
+            return told | {"error": {"kind": type(error).__name__, "message": error.message}}
+
+    def close(self) -> None:
+        if self._arm is not None:
+            self._arm[1].close()
+            self._arm = None
+
+    @property
+    def frame(self) -> Frame:
+        """How tokens are counted: alike for all arms, so that all are asked the same."""
+        if self._frame is None:
+            name = self._config.tokenizer or self._config.model
+            self._frame = Frame.of(self._model(name, "auto", None).tokenizer)
+        return self._frame
+
+    def _opened(self, name: str) -> Arm:
+        if self._arm is None or self._arm[0] != name:
+            self.close()
+            section = next(arm for arm in self._config.arms if arm.name == name)
+            self._arm = name, self._open(section)
+        return self._arm[1]
+
+    def _open(self, section: ArmSection) -> Arm:
+        if section.service is not None:
+            return ServedArm(section.service)
+        if section.url is not None:
+            return EndpointArm(section)
+        name = section.model or self._config.model
+        model = self._model(name, section.dtype, None if section.adapter is None else str(section.adapter))
+        return EngineArm(model, section.segment_config(name), self._config.past_bytes)
+
+    def _model(self, name: str, dtype: str, adapter: str | None) -> LoadedModel:
+        key = name, dtype, adapter or ""
+        if key not in self._models:
+            self._models[key] = load_model(name, dtype=dtype, adapter=adapter)
+        return self._models[key]

@@ -1,0 +1,59 @@
+"""Evaluations of a tiny random model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.evaluation.config import EvalConfig
+
+SEGMENT = {
+    "segment_tokens": 64,
+    "sink_tokens": 2,
+    "tail_tokens": 32,
+    "reader_tail_tokens": 16,
+    "retrieved_tokens": 32,
+    "block_tokens": 4,
+    "query_window_tokens": 8,
+    "selectors": [[0, 1], [1, 0]],
+}
+# The full arm has 512 positions, so that it can't answer the longer ones.
+NEEDLE = {
+    "task": "needle",
+    "lengths": [400, 700],
+    "depths": [0.2, 0.8],
+    "items": 2,
+    "max_tokens": 4,
+    "forms": ["diary"],
+}
+ARMS = [
+    {"name": "full", "segment": {"policy": "full", "segment_tokens": 64}},
+    {"name": "segmented", "segment": SEGMENT},
+]
+
+Values = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def values(model_directory: Path) -> Values:
+    """A valid configuration as a mapping, with some keys changed."""
+
+    def make(storage: Path, /, **changes: Any) -> dict[str, Any]:
+        return {
+            "name": "tiny",
+            "model": str(model_directory),
+            "tasks": [NEEDLE],
+            "arms": ARMS,
+            "workers": {"threads": 1, "cpus": 0.1},
+            "storage": str(storage),
+        } | changes
+
+    return make
+
+
+@pytest.fixture
+def config(tmp_path: Path, values: Values) -> EvalConfig:
+    return EvalConfig.model_validate(values(tmp_path))
