@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 # What ends a segment: `Policy.close`, of a state and its past.
 Close = Callable[[State, SessionPast], None]
-# Where every window of a state is, and where its rows are and stand.
-Standing = tuple[tuple[int, int, int, int], ...]
+# Where the tensors of every window of a state lie, and its rows in them.
+Standing = tuple[tuple[int, ...], ...]
 # Captured segments that are kept, one for each set of windows: slots come back to theirs.
 _KEPT = 8
 
@@ -206,7 +206,10 @@ class SegmentGraphs:
 
 
 def _windows(state: State) -> Standing:
-    return tuple((w.k_HND.data_ptr(), w.start, w.base, w.position) for layer in state.layers for w in layer)
+    windows = (window for layer in state.layers for window in layer)
+    return tuple(
+        (w.k_HND.data_ptr(), w.rotated_HND.data_ptr(), w.v_HND.data_ptr(), w.start, w.base, w.position) for w in windows
+    )
 
 
 class _Segment:
