@@ -80,11 +80,12 @@ class Recorder:
     """A model that keeps the selectors' unrotated keys and queries of its latest pass."""
 
     def __init__(self, lm: CausalLM) -> None:
-        self._lm, self.spec, self.rope = lm, lm.spec, lm.rope
+        self._lm, self.spec, self.rope, self.query_maps = lm, lm.spec, lm.rope, lm.query_maps
+        self.head = lm.head
         self.keys: list[Tensor] = []
         self.queries: list[Tensor] = []
 
-    def batch(self, tokens_BT: Tensor, attends: Sequence[Attend], *, all_logits: bool = False) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, attends: Sequence[Attend]) -> Tensor:
         self.keys, self.queries = [], []
         (attend,) = attends
 
@@ -95,7 +96,7 @@ class Recorder:
                     self.queries.append(q_HGTD[cell.kv_head].clone())
             return attend(layer, q_HGTD, k_HTD, v_HTD, scale)
 
-        return self._lm.batch(tokens_BT, [record], all_logits=all_logits)
+        return self._lm.hidden(tokens_BT, [record])
 
 
 def stream_through(lm: CausalLM, segments: Iterator[Tensor]) -> Stream:
