@@ -89,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--no-check", action="store_true", help="formulas alone: nothing is run or measured")
     memory.set_defaults(run=_memory)
 
+    _add_eval(commands)
+    _add_train(commands)
+    return parser
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     evaluation = commands.add_parser(
         "eval",
         help="score models and policies on long-context tasks, and report",
@@ -101,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--address", help="a Ray cluster's: auto, or ray://HOST:10001; default: one of its own")
     evaluation.set_defaults(run=_eval)
 
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     train = commands.add_parser(
         "train",
         help="fine-tune a model on a Ray cluster, or here",
@@ -115,7 +123,6 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--local", action="store_true", help="on this machine, on a Ray of its own, until it ends")
     train.add_argument("--detach", action="store_true", help="submit, and don't follow")
     train.set_defaults(run=_train)
-    return parser
 
 
 def _positive(text: str) -> int:

@@ -92,6 +92,19 @@ def tiny_spans(**changes: object) -> LtriConfig:
     return LtriConfig(**(SPANS | changes))  # type: ignore[arg-type]
 
 
+# Of services and evaluations of a tiny model, as their configuration files write it.
+SERVED_SEGMENT = {
+    "segment_tokens": 64,
+    "sink_tokens": 2,
+    "tail_tokens": 32,
+    "reader_tail_tokens": 16,
+    "retrieved_tokens": 32,
+    "block_tokens": 4,
+    "query_window_tokens": 8,
+    "selectors": [[0, 1], [1, 0]],
+}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -65,8 +65,7 @@ class _Together(AttendTogether):
         model.rope.reserve(policy.max_stream_tokens or policy.windows(0)[0].position + policy.config.segment_tokens)
         self._cos_ND, self._sin_ND = (x.contiguous() for x in model.rope.table)
         # A row that streams which only pad the batch write to.
-        spare = torch.zeros((1, spec.head_dim), dtype=spec.dtype, device=device)
-        self.anchor = spare
+        self.anchor = torch.zeros((1, spec.head_dim), dtype=spec.dtype, device=device)
         self.filled_B = torch.zeros(width, dtype=torch.int32, device=device)
         self.offset_LBH3 = torch.zeros((*shape, 3), dtype=torch.int64, device=device)
         self.rows_3LBH = torch.zeros((3, *shape), dtype=torch.int32, device=device)
@@ -90,7 +89,8 @@ class _Together(AttendTogether):
     def place(self, stream: int, state: State) -> None:
         """Take a stream's windows for one of the batch's."""
         layers, _, heads = self.rows_3LBH.shape[1:]
-        offset, rows = torch.empty((layers, heads, 3), dtype=torch.int64), torch.empty((3, layers, heads))
+        offset = torch.empty((layers, heads, 3), dtype=torch.int64)
+        rows = torch.empty((3, layers, heads), dtype=self.rows_3LBH.dtype)
         for layer, windows in enumerate(state.layers):
             for window in windows:
                 at = list(window.heads)

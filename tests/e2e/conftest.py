@@ -10,17 +10,8 @@ import pytest
 from services.serving.client import Client
 from services.serving.config import ServeConfig
 from services.serving.local import local_service
+from tests.conftest import SERVED_SEGMENT
 
-SEGMENT = {
-    "segment_tokens": 64,
-    "sink_tokens": 2,
-    "tail_tokens": 32,
-    "reader_tail_tokens": 16,
-    "retrieved_tokens": 32,
-    "block_tokens": 4,
-    "query_window_tokens": 8,
-    "selectors": ((0, 1), (1, 0)),
-}
 MAX_DOCUMENT_BYTES = 10_000
 MAX_SESSION_TOKENS = 14_000
 
@@ -32,7 +23,7 @@ def config(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> S
         dtype="float32",
         device="cpu",
         threads=1,
-        segment=SEGMENT,
+        segment=SERVED_SEGMENT,
         chunk_tokens=64,
         replicas=2,
         grpc_port=0,

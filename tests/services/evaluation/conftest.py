@@ -9,17 +9,8 @@ from typing import Any
 import pytest
 
 from services.evaluation.config import EvalConfig
+from tests.conftest import SERVED_SEGMENT
 
-SEGMENT = {
-    "segment_tokens": 64,
-    "sink_tokens": 2,
-    "tail_tokens": 32,
-    "reader_tail_tokens": 16,
-    "retrieved_tokens": 32,
-    "block_tokens": 4,
-    "query_window_tokens": 8,
-    "selectors": [[0, 1], [1, 0]],
-}
 # The full arm has 512 positions, so that it can't answer the longer ones.
 NEEDLE = {
     "task": "needle",
@@ -31,7 +22,7 @@ NEEDLE = {
 }
 ARMS = [
     {"name": "full", "segment": {"policy": "full", "segment_tokens": 64}},
-    {"name": "segmented", "segment": SEGMENT},
+    {"name": "segmented", "segment": SERVED_SEGMENT},
 ]
 
 Values = Callable[..., dict[str, Any]]
