@@ -42,7 +42,7 @@ class SessionPast:
     def append(self, kv_SC2D: Tensor, index: dict[str, Tensor]) -> None:
         """Take the segment that just closed; readable at once, durable after `complete`.
 
-        The caller gives `kv_SC2D` up: it isn't copied, and a block never changes. Raises StorageFull; then nothing is
+        The caller gives all of it up: it isn't copied, and a block never changes. Raises StorageFull; then nothing is
         kept.
         """
         assert self._layout is not None
@@ -50,12 +50,13 @@ class SessionPast:
         expected = (layout.segment_tokens, layout.cells, 2, layout.head_dim)
         assert kv_SC2D.shape == expected, (kv_SC2D.shape, expected)
         key = self.journal.key(self.last_key, first, first + layout.segment_tokens)
-        own = _own(index)
+        # On a GPU it comes to host memory with the block; what is read piece by piece, at once.
+        own = _own(index) if self.search is None or not kv_SC2D.is_cuda else index
         self._manager.prepare(Block(key, kv_SC2D.detach().contiguous(), own, {}), self._kept(own))
         self._take(key, own if self.search is None else index)
 
     def complete(self, boundary: dict[str, Tensor]) -> None:
-        """The last segment is closed: its block is whole, and goes to the lower tiers."""
+        """The last segment is closed: its block is whole, and goes to the lower tiers. It is copied."""
         self._manager.complete(self.last_key, {name: tensor.detach().clone() for name, tensor in boundary.items()})
 
     @property
@@ -96,6 +97,17 @@ class SessionPast:
             return kv_nC2D
         rows_CR = torch.searchsorted(wanted, positions_CR.contiguous()).to(device)
         return kv_nC2D[rows_CR.T, torch.arange(layout.cells, device=device)]
+
+    def await_transfer(self) -> None:
+        """Wait until what closed before is in host memory: the device needn't hold two blocks."""
+        self._manager.await_transfer()
+
+    def within_reach(self) -> list[Tensor] | None:
+        """Every block's bulk, [S, C, 2, D] each, where a GPU reads it by itself; None if it doesn't reach all of them.
+
+        They stay there as long as the answer is held, and for what the device was given to do meanwhile.
+        """
+        return self._manager.within_reach(self._keys)
 
     def fork(self) -> SessionPast:
         """An independent past that shares this one's blocks."""

@@ -84,7 +84,7 @@ def choose_positions(best_B: Tensor, *, first: int, stop: int, tokens: int, bloc
     lent_B[1:] = torch.maximum(lent_B[1:], best_B[:-1] - NEIGHBOUR_MARGIN)
     lent_B[:-1] = torch.maximum(lent_B[:-1], best_B[1:] - NEIGHBOUR_MARGIN)
     # A block without a candidate never wins, whoever its neighbours are.
-    lent_B[best_B == -torch.inf] = -torch.inf
+    lent_B.masked_fill_(best_B == -torch.inf, -torch.inf)
     # Both ends may cut a block.
     order = top_blocks(lent_B, -(-tokens // block) + 2)
     positions = (order[:, None] * block + torch.arange(block, device=order.device)).flatten()
