@@ -99,7 +99,7 @@ class Runner:
             self.policy.close(state, past)
             state.moved()
             if self.policy.layout is not None and logits_V is not None:
-                past.complete(self.policy.boundary(state) | {"logits": logits_V})
+                past.complete(self.policy.boundary(state) | {"logits": logits_V} if past.keeps_boundary else {})
         elif is_refresh_point(state.filled, self.config):
             self.policy.refresh(state, past)
             state.moved()

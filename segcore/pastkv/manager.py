@@ -97,6 +97,11 @@ class PastKVManager:
         return SessionPast(self, layout, root_key(self._fingerprint.digest, tenant))
 
     @property
+    def boundary_segments(self) -> int:
+        """Every so many blocks hold a boundary."""
+        return self._config.boundary_segments
+
+    @property
     def host_bytes(self) -> int:
         """Bytes in host memory: blocks, rows of others, and what is searched of blocks that are elsewhere."""
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from segcore.pinned import pinned_memory
 
+log = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
 
 
@@ -52,13 +54,17 @@ class Transfer:
         copies: Tensors,
         arrived: Callable[[Tensors], None],
     ) -> None:
-        with torch.cuda.stream(stream):
-            stream.wait_event(made)
-            for name, copy in copies.items():
-                if copy is not tensors[name]:
-                    copy.copy_(tensors[name], non_blocking=True)
-            stream.synchronize()
-        arrived(copies)
+        try:
+            # What an engine's thread makes may be written in its mode only.
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                stream.wait_event(made)
+                for name, copy in copies.items():
+                    if copy is not tensors[name]:
+                        copy.copy_(tensors[name], non_blocking=True)
+                stream.synchronize()
+            arrived(copies)
+        except Exception:
+            log.exception("a block stays on the device: its copy to host memory failed")
 
 
 def _room_for(tensor: Tensor) -> Tensor:

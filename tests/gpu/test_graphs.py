@@ -132,6 +132,8 @@ def test_whole_segments_leave_what_plain_passes_leave(lm, policy, monkeypatch):
     if plain.past.segments:
         positions = torch.arange(9 * config.segment_tokens)
         first_layer = [i for i, cell in enumerate(whole.runner.policy.readers) if cell.layer == 0]
+        whole.past.await_transfer()
+        assert not any(bulk.is_cuda for bulk in whole.past.within_reach()), "a block stayed on the device"
         kept = [stream.past.gather(positions)[:, first_layer] for stream in (plain, whole)]
         assert torch.equal(*kept)
 

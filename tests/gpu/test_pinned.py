@@ -26,7 +26,8 @@ def test_a_buffer_comes_back_when_no_view_of_it_is_left():
     address, view = first.data_ptr(), first[10:20].view(torch.int32)
     del first
     gc.collect()
-    assert memory.take((1000,), torch.float32).data_ptr() != address, "a view of it is in use"
+    other = memory.take((1000,), torch.float32)
+    assert other.data_ptr() != address, "a view of it is in use"
     del view
     gc.collect()
     assert memory.take((500, 2), torch.float32).data_ptr() == address
