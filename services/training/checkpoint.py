@@ -4,7 +4,8 @@
     segcore.json                                    the policy to serve with
     training.safetensors, training.json             fp32 masters and the optimizer's state; `Progress`
 
-Learning rates follow from the step, and so does every worker's random state (`worker.py`). Nothing here is a pickle.
+A checkpoint is written under a hidden name where it is to stay, and appears whole. Learning rates follow from the step,
+and so does every worker's random state (`worker.py`). Nothing here is a pickle.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from segcore.weights import LoadedModel
 from services.training.parallel import Optimizer, like, whole
 
 STATE, TENSORS = "training.json", "training.safetensors"
-# Left on a disk for what others write there: logs, Ray's own list of checkpoints.
+# Left on the disk for what others write there: logs, Ray's own list of checkpoints.
 HEADROOM = 64 * MIB
 
 
@@ -96,26 +98,44 @@ def save_training(folder: Path, tensors: dict[str, Tensor], progress: Progress) 
     (folder / STATE).write_text(json.dumps(dataclasses.asdict(progress), indent=1) + "\n")
 
 
-def require_room(source: Path, target: Path) -> None:
-    """Raise StorageFull if a folder's files don't fit where they are to go."""
-    need, free = sum(file.stat().st_size for file in source.iterdir()), shutil.disk_usage(target).free
-    if need + HEADROOM > free:
-        raise StorageFull(f"the checkpoint takes {need} bytes, and {target} has {free} left")
+@contextmanager
+def unfinished(run: Path, name: str) -> Iterator[Path]:
+    """A folder to write a checkpoint to, for `publish`. It is gone if what is done inside fails.
 
-
-def publish(source: Path, target: Path) -> None:
-    """Copy a folder's files to `target`, which appears at once and whole. Raises OSError; then nothing appeared."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    Raises StorageFull if it leaves too little room for others.
+    """
+    folder = run / f".{name}.partial"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        shutil.copytree(source, partial)
-        for file in partial.iterdir():
+        yield folder
+        if (free := shutil.disk_usage(run).free) < HEADROOM:
+            raise StorageFull(f"with it {run} would have {free} bytes left, and needs {HEADROOM}")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def publish(folder: Path) -> Path:
+    """Let an `unfinished` folder appear under its name, all at once, once it is on the disk. Raises OSError; then it is
+    gone."""
+    target = folder.with_name(folder.name.removeprefix(".").removesuffix(".partial"))
+    try:
+        for file in folder.iterdir():
             _sync(file)
         shutil.rmtree(target, ignore_errors=True)  # of before a worker was lost
-        os.rename(partial, target)
+        os.rename(folder, target)
         _sync(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return target
+
+
+def remove_unfinished(run: Path) -> None:
+    """Delete what a worker that was killed has left in a run's folder."""
+    for folder in run.glob(".*.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -132,8 +152,12 @@ def export(checkpoint: Path, target: Path) -> None:
         raise ConfigError(f"{target} is there already; name another folder, or delete it")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(STATE, TENSORS))
-    os.rename(partial, target)
+    try:
+        shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(STATE, TENSORS))
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def optimizer_tensors(named: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:

@@ -11,8 +11,6 @@ import contextlib
 import hashlib
 import json
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,10 +34,11 @@ from services.training.checkpoint import (
     checkpoint_name,
     latest,
     optimizer_tensors,
-    require_room,
+    remove_unfinished,
     restore_optimizer,
     save_training,
     save_weights,
+    unfinished,
 )
 from services.training.config import OptimizerSection, SelectorsSection, TrainConfig
 from services.training.data import open_data, report_lines
@@ -53,7 +52,7 @@ T = TypeVar("T")
 
 
 class Report(Protocol):
-    """Takes over a checkpoint: a folder that may be moved or deleted then. Every worker calls it, one with a folder."""
+    """Takes over a checkpoint, for `publish`. Every worker calls it, one with a folder, if there is one."""
 
     def __call__(self, metrics: Metrics, folder: Path | None, name: str) -> None: ...
 
@@ -81,6 +80,7 @@ class Run:
     def train(self) -> Progress:
         """Take the steps that are left."""
         if self.workers.rank == 0:
+            remove_unfinished(self.config.folder)
             self.recorder = RunRecorder(self.config, self.step)
             for line in report_lines(self.data.reports, self.config.data):
                 self.recorder.tell(note=line)
@@ -196,18 +196,16 @@ class Run:
         if self.config.evaluation is not None:
             self._record(self.evaluate())
         tensors = optimizer_tensors(self.named, self.optimizer)
-        folder = None
+        name, folder = checkpoint_name(self.step), None
         if self.workers.rank == 0:
-            folder = Path(tempfile.mkdtemp(prefix="segcore-checkpoint-"))
             try:
-                self._save_weights(folder)
-                save_training(folder, tensors, self.progress())
-                require_room(folder, self.config.folder)
+                with unfinished(self.config.folder, name) as folder:
+                    self._save_weights(folder)
+                    save_training(folder, tensors, self.progress())
             except (OSError, SafetensorError, StorageFull) as error:
-                shutil.rmtree(folder, ignore_errors=True)
                 folder = None
                 self.recorder.tell(warning=f"no checkpoint at step {self.step}; the last one stays: {error}")
-        self._report(self.metrics | {"step": self.step}, folder, checkpoint_name(self.step))
+        self._report(self.metrics | {"step": self.step}, folder, name)
 
     def _save_weights(self, folder: Path) -> None:
         segment = self.config.evaluation_segment()

@@ -40,7 +40,7 @@ def two_workers(rank: int, folder: Path, config: str) -> None:
 
     def report(metrics: dict[str, float], made: Path | None, name: str) -> None:
         if made is not None:
-            publish(made, sharded.folder / name)
+            publish(made)
         dist.barrier()
 
     first = Interrupted(sharded, Workers(), torch.device("cpu"), report)

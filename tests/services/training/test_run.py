@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +20,7 @@ from segcore.presets import segment_preset
 from segcore.training.stream import TrainingStream
 from segcore.weights import load_model
 from services.training import checkpoint, worker
-from services.training.checkpoint import TENSORS, export, latest, publish
+from services.training.checkpoint import TENSORS, export, latest, publish, unfinished
 from services.training.config import ScheduleSection, TrainConfig
 from services.training.estimate import _shape, estimate
 from services.training.metrics import LINES, read_lines, told
@@ -140,38 +141,61 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_its_streams(config, mo
     assert latest(config().folder).name == "checkpoint-0000002"
 
 
-def test_a_full_disk_costs_a_checkpoint_and_neither_the_last_one_nor_the_run(config, monkeypatch, capsys):
-    usage, full = namedtuple("usage", "free"), 3 * 2**20
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(full if alone.run.step == 4 else 2**40))
+def no_room(path):
+    return namedtuple("usage", "free")(3 * 2**20)
+
+
+def no_space(tensors, path):
+    path.write_bytes(b"half")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault"),
+    [(checkpoint.shutil, "disk_usage", no_room), (checkpoint, "save_file", no_space)],
+    ids=["nothing left for others", "while it is written"],
+)
+def test_a_full_disk_costs_a_checkpoint_and_neither_the_last_one_nor_the_run(
+    config, monkeypatch, capsys, where, name, fault
+):
+    good = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *given: (fault if alone.run.step == 4 else good)(*given))
     alone = Alone(config())
     assert alone.run.train().step == 6
-    assert sorted(p.name for p in config().folder.glob("checkpoint*")) == ["checkpoint-0000002", "checkpoint-0000006"]
+    assert sorted(p.name for p in config().folder.glob("*checkpoint*")) == ["checkpoint-0000002", "checkpoint-0000006"]
     assert len(alone.reported) == 3
     said = [told(line) for line in capsys.readouterr().out.splitlines()]
     assert any("no checkpoint at step 4; the last one stays" in line.get("warning", "") for line in said if line)
 
 
-def test_what_cannot_be_copied_whole_does_not_appear(tmp_path, monkeypatch):
-    source, target = tmp_path / "source", tmp_path / "run" / "checkpoint-0000002"
-    source.mkdir()
-    (source / "a").write_text("one")
-    target.parent.mkdir()
+def test_a_checkpoint_that_does_not_reach_the_disk_does_not_appear(tmp_path, monkeypatch):
+    def made(text):
+        with unfinished(tmp_path, "checkpoint-0000002") as folder:
+            (folder / "a").write_text(text)
+        return folder
 
-    def half(source, target):
-        target.mkdir()
-        (target / "a").write_text("o")
+    def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.shutil, "copytree", half)
+        patched.setattr(checkpoint.os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            publish(source, target)
-    assert list(target.parent.iterdir()) == []
-    assert latest(target.parent) is None
-    publish(source, target)
-    (source / "a").write_text("two")
-    publish(source, target)
-    assert (latest(target.parent) / "a").read_text() == "two"
+            publish(made("one"))
+    assert list(tmp_path.iterdir()) == []
+    first = made("one")
+    assert latest(tmp_path) is None
+    assert publish(first) == latest(tmp_path)
+    assert (publish(made("two")) / "a").read_text() == "two"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_worker_was_writing_is_deleted_when_the_run_goes_on(config, monkeypatch):
+    interrupted(config(), 3, monkeypatch)
+    half = config().folder / ".checkpoint-0000004.partial"
+    half.mkdir()
+    (half / "model.safetensors").write_text("half")
+    Alone(config()).run.train()
+    assert not [p for p in config().folder.iterdir() if p.name.startswith(".")]
 
 
 def test_an_export_is_what_plain_transformers_loads(config, tmp_path):
