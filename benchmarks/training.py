@@ -230,7 +230,9 @@ class Figures:
 def run(shape: str, options: argparse.Namespace) -> Iterator[list[Figure]]:
     """Ours with the first K, the peer, ours with the other Ks."""
     figures, (first, *others) = Figures(shape, options), options.k
-    way = "".join(f"_{name}" for name, on in (("checkpointed", options.checkpoint), ("compiled", options.compile)) if on)
+    way = "".join(
+        f"_{name}" for name, on in (("checkpointed", options.checkpoint), ("compiled", options.compile)) if on
+    )
     for measured in apart(options, "ours", shape, first):
         yield [*figures.of_ours(way if first == "1" else f"_k{first}{way}", measured)]
     if not options.no_peer:

@@ -6,6 +6,7 @@ b bytes of a number, w of a wide one: 4 at least. Streams' past KV lies in host 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,8 +27,6 @@ from services.training.config import TrainConfig
 def require_memory(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError, with each part of the sum, if a worker of this run can't hold it. Loads no weights."""
     shape = _shape(config.model)
-    if shape is None:
-        return
     parts = estimate(config, shape, choose_dtype(config.dtype, device), device)
     need, have = sum(parts.values()), config.device_bytes or _free(device)
     if need > have:
@@ -102,12 +101,13 @@ def _state_bytes(
 
 
 def _shape(model: str) -> Any:
-    """The model's configuration; None for what transformers has no file of, a GGUF's."""
-    if model.endswith(".gguf"):
-        return None
+    """The model's configuration, as transformers has it; of a GGUF file, from its header."""
+    where = Path(default_model_directory() if model == DEFAULT_MODEL else model)
     try:
-        return AutoConfig.from_pretrained(default_model_directory() if model == DEFAULT_MODEL else model)
-    except (OSError, ValueError) as error:
+        if where.suffix == ".gguf":
+            return AutoConfig.from_pretrained(where.parent, gguf_file=where.name)
+        return AutoConfig.from_pretrained(model if model != DEFAULT_MODEL else where)
+    except (OSError, ValueError, KeyError) as error:
         raise NotFound(f"model {model!r} can't be loaded: {str(error).splitlines()[0]}", model=model) from error
 
 

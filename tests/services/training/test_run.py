@@ -19,7 +19,7 @@ from segcore.errors import ConfigError, NonFiniteLoss
 from segcore.presets import segment_preset
 from segcore.training.stream import TrainingStream
 from segcore.weights import load_model
-from services.training import checkpoint, worker
+from services.training import checkpoint, learners
 from services.training.checkpoint import TENSORS, export, latest, publish, unfinished
 from services.training.config import ScheduleSection, TrainConfig
 from services.training.estimate import _shape, estimate
@@ -127,7 +127,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_its_streams(config, mo
 
     def poisoned(self, batch):
         if self.step == 3:
-            self.model.lm.model.lm_head.weight.data[7] = torch.nan
+            self.learner.model.lm.model.lm_head.weight.data[7] = torch.nan
         take_step(self, batch)
 
     monkeypatch.setattr(Run, "take_step", poisoned)
@@ -208,11 +208,11 @@ def test_an_export_is_what_plain_transformers_loads(config, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
     assert model.config._attn_implementation != "segcore"
-    trained = dict(alone.run.model.lm.model.named_parameters())
+    trained = dict(alone.run.learner.model.lm.model.named_parameters())
     assert all(torch.equal(value, trained[name]) for name, value in model.named_parameters())
     tokens = torch.tensor([tokenizer.encode(texts(4)[0])])
     plain = model(tokens, labels=tokens).loss.item()  # shorter than a segment: full attention
-    ours = alone.run.trainer.score(TrainingStream("text", tokens[0]))
+    ours = alone.run.learner.scorer().score(TrainingStream("text", tokens[0]))
     assert ours.mean == pytest.approx(plain, rel=1e-5)  # transformers rotates in fp32
     load_model(str(tmp_path / "out"), dtype="float64", device="cpu")
     assert segment_preset(str(tmp_path / "out")) == config().segment_config()  # what serving runs it under
@@ -222,19 +222,19 @@ def test_an_export_is_what_plain_transformers_loads(config, tmp_path):
 def test_an_adapter_is_exported_for_serving_and_plain_peft(config, model_directory, tmp_path):
     alone = Alone(config(steps=2, lora={"rank": 4, "modules": ["q_proj", "down_proj"]}))
     alone.run.train()
-    assert {name.rsplit(".", 3)[1] for name in alone.run.named} == {"lora_A", "lora_B"}
+    assert {name.rsplit(".", 3)[1] for name in alone.run.learner.named} == {"lora_A", "lora_B"}
     export(latest(config().folder), tmp_path / "out")
     merged = load_model(str(model_directory), dtype="float64", device="cpu", adapter=tmp_path / "out")
     assert merged.adapter.segment == config().segment_config()
     plain = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float64)
     tokens = torch.tensor([merged.tokenizer.tokenizer.encode(texts(4)[0])])
     adapted = PeftModel.from_pretrained(plain, str(tmp_path / "out"))(tokens, labels=tokens).loss.item()
-    ours = alone.run.trainer.score(TrainingStream("text", tokens[0]))
+    ours = alone.run.learner.scorer().score(TrainingStream("text", tokens[0]))
     assert ours.mean == pytest.approx(adapted, rel=1e-5)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_loaded(config, monkeypatch):
-    monkeypatch.setattr(worker, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(learners, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=r"about 0\.00 GiB of its device, which has 0\.00 GiB: weights .*, optimizer"):
         Alone(config(device_bytes=100_000))
 
@@ -246,7 +246,7 @@ def test_the_estimate_of_what_graphs_hold_is_near_what_they_hold(config, checkpo
     alone = Alone(config(dtype="float32", checkpoint_layers=checkpoint_layers, k=0))
     stream = TrainingStream("long", torch.arange(128) % 250)
     with Saved() as saved:
-        alone.run.trainer.loss_and_grad(stream, 127)
+        alone.run.learner.loss_and_grad(stream, 127, 0)
     shape = _shape(alone.run.config.model)
     parts = estimate(alone.run.config, shape, torch.float32, torch.device("cpu"))
     # Weights are held by graphs, too, and aren't theirs.
