@@ -8,31 +8,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from segcore.config import GIB, DuoConfig, SegmentConfig
 from segcore.errors import ConfigError
 from segcore.presets import DEFAULT_MODEL, model_segment, read_card
 from services.config_file import read_config
-from services.training.data import DataConfig
+from services.training.data_config import DataConfig, Section, Where
 
 # What doesn't change the curve, and may differ when a run is resumed; the data have a hash of their own.
 FREE = ("name", "data", "workers", "checkpoints", "evaluation", "metrics", "storage", "device_bytes")
-
-
-def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
-    """Relative paths are relative to the file that names them."""
-    folder: Path = (info.context or {}).get("folder", Path.cwd())
-    return folder / path.expanduser()
-
-
-Where = Annotated[Path, AfterValidator(_beside_the_file)]
-
-
-class Section(BaseModel):
-    """A mapping of the file; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SegmentSection(Section):
@@ -43,7 +28,7 @@ class SegmentSection(Section):
     """
 
     preset: Literal["default", "paper"] = "default"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     file: Where | None = None
     heads: Where | None = None
 

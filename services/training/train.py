@@ -17,8 +17,8 @@ from typing import Any
 
 from segcore.errors import AlreadyExists, NotFound, SegcoreError
 from services.local_ray import prepare_ray
-from services.training.checkpoint import export, latest, publish
 from services.training.config import TrainConfig
+from services.training.folders import export, latest, publish
 from services.training.metrics import tell
 from services.training.picture import draw
 

@@ -23,18 +23,10 @@ from torch import nn
 from segcore.errors import LimitExceeded, NonFiniteLoss, SegcoreError, StorageFull
 from segcore.training.stream import TrainingStream
 from segcore.training.tbptt import StreamLoss
-from services.training.checkpoint import (
-    Progress,
-    checkpoint_name,
-    latest,
-    optimizer_tensors,
-    remove_unfinished,
-    restore_optimizer,
-    save_training,
-    unfinished,
-)
+from services.training.checkpoint import optimizer_tensors, restore_optimizer, save_training
 from services.training.config import OptimizerSection, TrainConfig
 from services.training.data import open_data, report_lines
+from services.training.folders import Progress, checkpoint_name, latest, remove_unfinished, unfinished
 from services.training.learners import open_learner, seed_everything
 from services.training.metrics import Recorder, RunRecorder, Silent
 from services.training.parallel import Optimizer, Replicated, Sharded, Workers
@@ -75,6 +67,7 @@ class Run:
             self.recorder = RunRecorder(self.config, self.step)
             for line in report_lines(self.data.reports, self.config.data):
                 self.recorder.tell(note=line)
+            self.recorder.tell(note=f"from step {self.step} on with {self.workers.world} workers")
         with contextlib.closing(self.recorder):
             if self.step == 0 and self.config.evaluation is not None:
                 self._record(self.evaluate())

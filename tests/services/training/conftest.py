@@ -93,7 +93,7 @@ class Alone:
         self.run = Run(config, Workers(), torch.device("cpu"), self._report)
 
     def _report(self, metrics: dict[str, float], folder: Path | None, name: str) -> None:
-        from services.training.checkpoint import publish
+        from services.training.folders import publish
 
         self.reported.append(metrics)
         if folder is not None:

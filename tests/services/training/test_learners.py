@@ -13,8 +13,8 @@ from segcore.presets import model_segment, segment_preset
 from segcore.weights import load_model
 from services.cli import main
 from services.training import commands
-from services.training.checkpoint import export, latest
 from services.training.config import TrainConfig
+from services.training.folders import export, latest
 from services.training.learners import GATES
 from services.training.metrics import LINES, read_lines
 from tests.services.training.conftest import SEGMENT, Alone

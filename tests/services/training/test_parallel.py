@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from segcore.errors import NonFiniteLoss, SegcoreError
 from segcore.training.stream import TrainingStream
-from services.training.checkpoint import TENSORS, latest, publish
 from services.training.config import TrainConfig
+from services.training.folders import TENSORS, latest, publish
 from services.training.metrics import LINES, read_lines
 from services.training.parallel import Workers
 from services.training.worker import Run

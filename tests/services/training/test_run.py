@@ -19,10 +19,10 @@ from segcore.errors import ConfigError, NonFiniteLoss
 from segcore.presets import segment_preset
 from segcore.training.stream import TrainingStream
 from segcore.weights import load_model
-from services.training import checkpoint, learners
-from services.training.checkpoint import TENSORS, export, latest, publish, unfinished
+from services.training import checkpoint, folders, learners
 from services.training.config import ScheduleSection, TrainConfig
 from services.training.estimate import _shape, estimate
+from services.training.folders import TENSORS, export, latest, publish, unfinished
 from services.training.metrics import LINES, read_lines, told
 from services.training.schedule import rate
 from services.training.worker import Run
@@ -152,7 +152,7 @@ def no_space(tensors, path):
 
 @pytest.mark.parametrize(
     ("where", "name", "fault"),
-    [(checkpoint.shutil, "disk_usage", no_room), (checkpoint, "save_file", no_space)],
+    [(folders.shutil, "disk_usage", no_room), (checkpoint, "save_file", no_space)],
     ids=["nothing left for others", "while it is written"],
 )
 def test_a_full_disk_costs_a_checkpoint_and_neither_the_last_one_nor_the_run(
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_does_not_reach_the_disk_does_not_appear(tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.os, "fsync", full)
+        patched.setattr(folders.os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             publish(made("one"))
     assert list(tmp_path.iterdir()) == []
