@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensorboardX import SummaryWriter
-
 from services.training.config import TrainConfig
 
 LINES = "metrics.jsonl"
@@ -50,6 +48,8 @@ class RunRecorder:
     """Writes to the run's folder, prints, and passes on to the trackers that were asked for."""
 
     def __init__(self, config: TrainConfig, start: int) -> None:
+        from tensorboardX import SummaryWriter  # brings torch along, which who only follows a run doesn't need
+
         config.folder.mkdir(parents=True, exist_ok=True)
         self._steps, self._told = config.steps, 0.0
         path = config.folder / LINES

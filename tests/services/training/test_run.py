@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
+import os
+import random
 import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from segcore.errors import ConfigError, NonFiniteLoss
 from segcore.presets import segment_preset
-from segcore.training.stream import TrainingStream
+from segcore.training.stream import IGNORED, TrainingStream
 from segcore.weights import load_model
-from services.training import checkpoint, folders, learners
+from services.training import checkpoint, folders, learners, worker
 from services.training.config import ScheduleSection, TrainConfig
-from services.training.estimate import _shape, estimate
+from services.training.estimate import _shape, estimate, require_memory
 from services.training.folders import TENSORS, export, latest, publish, unfinished
 from services.training.metrics import LINES, read_lines, told
 from services.training.schedule import rate
@@ -97,6 +102,59 @@ def test_a_resumed_run_is_an_unbroken_one_to_the_last_bit(config, learner, monke
     assert len([line for line in curve(unbroken) if "loss" in line]) == 6
     evaluations = [line["eval_loss"] for line in curve(unbroken) if "eval_loss" in line]
     assert evaluations[-1] < evaluations[0]
+
+
+def test_random_numbers_of_a_resumed_run_are_those_of_an_unbroken_one(config, monkeypatch):
+    """As dropout would, or anything else that draws: here, which tokens are predicted."""
+    loss_and_grad = learners.Predictions.loss_and_grad
+
+    def drawn(self, stream, valid_tokens, choices):
+        keep = torch.rand(len(stream.tokens_T)) < 0.3 + 0.4 * random.random()
+        labels_T = torch.where(keep, stream.tokens_T, IGNORED)
+        return loss_and_grad(self, TrainingStream(stream.name, stream.tokens_T, labels_T), valid_tokens, choices)
+
+    monkeypatch.setattr(learners.Predictions, "loss_and_grad", drawn)
+    unbroken, broken = config("unbroken"), config("broken")
+    Alone(unbroken).run.train()
+    torch.rand(5), random.random()  # what another process would have drawn
+    interrupted(broken, 5, monkeypatch)
+    Alone(broken).run.train()
+    assert curve(broken) == curve(unbroken)
+    assert_same_bits(tensors(latest(broken.folder)), tensors(latest(unbroken.folder)))
+    other = config("other", seed=1)
+    Alone(other).run.train()
+    assert curve(other) != curve(unbroken)
+
+
+def until_killed(config):
+    """What a process runs that is killed while it writes the second checkpoint."""
+    torch.set_num_threads(1)
+    save_training = worker.save_training
+
+    def killed(folder, tensors, progress):
+        if progress.step == 4:
+            (folder / "training.safetensors").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_training(folder, tensors, progress)
+
+    worker.save_training = killed
+    Alone(TrainConfig.model_validate_json(config)).run.train()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_over_a_checkpoint_goes_on_as_if_unbroken(config):
+    unbroken, broken = config("unbroken"), config("broken")
+    process = multiprocessing.get_context("spawn").Process(target=until_killed, args=(broken.to_json(),))
+    process.start()
+    Alone(unbroken).run.train()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert latest(broken.folder).name == "checkpoint-0000002"
+    assert list(broken.folder.glob(".*.partial"))
+    Alone(broken).run.train()
+    assert not list(broken.folder.glob(".*"))
+    assert curve(broken) == curve(unbroken)
+    assert_same_bits(tensors(latest(broken.folder)), tensors(latest(unbroken.folder)))
 
 
 def test_masters_are_kept_where_weights_are_narrow(config):
@@ -189,15 +247,6 @@ def test_a_checkpoint_that_does_not_reach_the_disk_does_not_appear(tmp_path, mon
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_a_killed_worker_was_writing_is_deleted_when_the_run_goes_on(config, monkeypatch):
-    interrupted(config(), 3, monkeypatch)
-    half = config().folder / ".checkpoint-0000004.partial"
-    half.mkdir()
-    (half / "model.safetensors").write_text("half")
-    Alone(config()).run.train()
-    assert not [p for p in config().folder.iterdir() if p.name.startswith(".")]
-
-
 def test_an_export_is_what_plain_transformers_loads(config, tmp_path):
     alone = Alone(config(steps=2))
     alone.run.train()
@@ -237,6 +286,32 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_loaded(config, monk
     monkeypatch.setattr(learners, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=r"about 0\.00 GiB of its device, which has 0\.00 GiB: weights .*, optimizer"):
         Alone(config(device_bytes=100_000))
+
+
+def test_what_a_gguf_model_takes_is_estimated_from_its_header(config, tmp_path):
+    file = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_block_count(2)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_context_length(512)
+    writer.add_vocab_size(300)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    mine = config(model=str(file), device_bytes=100_000, dtype="float32")
+    with pytest.raises(ConfigError, match=r"its device, which has 0\.00 GiB: weights"):
+        require_memory(mine, torch.device("cpu"))
+    named = config(dtype="float32")
+    theirs = estimate(named, _shape(named.model), torch.float32, torch.device("cpu"))
+    ours = estimate(mine, _shape(mine.model), torch.float32, torch.device("cpu"))
+    assert {name: ours[name] for name in ("state", "activations", "logits")} == {
+        name: theirs[name] for name in ("state", "activations", "logits")
+    }
+    assert 0.6 < ours["weights"] / theirs["weights"] <= 1
 
 
 @pytest.mark.parametrize("checkpoint_layers", [True, False])
