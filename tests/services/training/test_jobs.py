@@ -63,6 +63,7 @@ def cluster() -> Iterator[Cluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_worker_niceness": "0",
+        "RAY_raylet_start_wait_time_s": "150",
     }
     ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
     ray.append("--object-store-memory=100000000")
