@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from peft import PeftModel
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -343,3 +346,35 @@ def test_rates_rise_and_fall():
 def test_tensorboard_has_the_curve(config):
     Alone(config(steps=2)).run.train()
     assert [p for p in Path(config().folder / "tensorboard").iterdir() if p.stat().st_size > 100]
+
+
+TRACKER = """
+said = []
+def set_tracking_uri(uri): said.append(uri)
+def set_experiment(name): pass
+def start_run(run_name, tags): said.append(run_name)
+def log_metrics(metrics, step): said.append((step, metrics))
+def end_run(): said.append("ended")
+def init(name, dir, **more): return start_run(name, {}) or Run()
+class Run:
+    def log(self, metrics, step): log_metrics(metrics, step)
+    def finish(self): end_run()
+"""
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_trackers_have_the_curve(config, name, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValidationError, match=f"{name} isn't installed"):
+        config(metrics={"trackers": [name]})
+    (tmp_path / f"{name}.py").write_text(TRACKER)
+    importlib.invalidate_caches()
+    tracked = config(steps=2, metrics={"trackers": [name]})
+    Alone(tracked).run.train()
+    said = sys.modules.pop(name).said
+    assert said[-1] == "ended"
+    tracked_losses = [(each[0], each[1]["loss"]) for each in said if isinstance(each, tuple) and "loss" in each[1]]
+    assert tracked_losses == [(line["step"], line["loss"]) for line in curve(tracked) if "loss" in line]
+    if name == "mlflow":
+        assert said[0] == f"sqlite:///{tracked.storage}/mlflow.db"
