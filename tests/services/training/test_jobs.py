@@ -34,7 +34,7 @@ from tests.services.training.conftest import Alone
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parent.parent.parent.parent
-STEPS = 24
+STEPS, EVERY = 48, 8
 
 
 class Cluster(NamedTuple):
@@ -75,10 +75,12 @@ def cluster() -> Iterator[Cluster]:
     with open(folder / "nodes.log", "w") as log:
         try:
             nodes.append(subprocess.Popen(head, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            wait_for(lambda: "Ray runtime started" in (folder / "nodes.log").read_text())
+            started = lambda: (folder / "nodes.log").read_text().count("Ray runtime started")  # noqa: E731
+            dead = lambda: any(n.poll() is not None for n in nodes) and (folder / "nodes.log").read_text()  # noqa: E731
+            wait_for(lambda: started() == 1, dead)
             node = [*ray, f"--address=127.0.0.1:{port}", f"--dashboard-agent-listen-port={free_port()}"]
             nodes.append(subprocess.Popen(node, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            wait_for(lambda: (folder / "nodes.log").read_text().count("Ray runtime started") == 2)
+            wait_for(lambda: started() == 2, dead)
             yield Cluster(f"http://127.0.0.1:{dashboard}", f"ray://127.0.0.1:{client}", nodes[1])
         finally:
             for process in reversed(nodes):
@@ -96,11 +98,11 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def wait_for(happened: Callable[[], object], seconds: float = 200) -> None:
-    until = time.monotonic() + seconds
+def wait_for(happened: Callable[[], object], failed: Callable[[], str | None] = lambda: None) -> None:
+    """failed: says why it won't."""
     while not happened():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+        assert not (why := failed()), why
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_file(values, runs) -> Callable[..., Path]:
     def write(name: str, **more: object) -> Path:
         file = runs / f"{name}.yaml"
-        changes = {"name": name, "steps": STEPS, "checkpoints": {"every": 4}}
+        changes = {"name": name, "steps": STEPS, "checkpoints": {"every": EVERY}}
         file.write_text(yaml.safe_dump(values(runs, **changes | more)))
         return file
 
@@ -139,11 +141,16 @@ def finished(cluster, run_file, runs) -> Path:
 
     assert main(["train", file, *there, "--detach"]) == 0
     first = jobs.find("run").submission_id
-    wait_for(lambda: latest(run) and step(run) % 4)
+
+    def failed() -> str | None:
+        ended = jobs._client.get_job_status(first).is_terminal()
+        return jobs._client.get_job_logs(first) if ended else None
+
+    wait_for(lambda: latest(run) and step(run) % EVERY, failed)
     lost_at = step(run)
     end(cluster.second)
-    wait_for(lambda: "with 1 workers" in jobs._client.get_job_logs(first))
-    wait_for(lambda: step(run) > lost_at and step(run) % 4)
+    wait_for(lambda: "with 1 workers" in jobs._client.get_job_logs(first), failed)
+    wait_for(lambda: step(run) > lost_at and step(run) % EVERY, failed)
     assert re.findall(r"from step (\d+) on with (\d) workers", jobs._client.get_job_logs(first))[0] == ("0", "2")
 
     assert main(["train", "stop", "run", *there]) == 0
@@ -158,7 +165,7 @@ def finished(cluster, run_file, runs) -> Path:
 
 def test_a_run_that_lost_a_node_and_was_stopped_has_the_curve_of_one_worker_unbroken(finished, run_file, runs):
     Alone(TrainConfig.read(run_file("alone"))).run.train()
-    for key, count in (("loss", STEPS), ("eval_loss", 1 + STEPS // 4)):
+    for key, count in (("loss", STEPS), ("eval_loss", 1 + STEPS // EVERY)):
         assert len(numbers(finished, key)) == count
         assert numbers(finished, key) == pytest.approx(numbers(runs / "alone", key), rel=1e-9)
 

@@ -34,6 +34,7 @@ from services.training.folders import TENSORS, export, latest, publish, unfinish
 from services.training.metrics import LINES, read_lines, told
 from services.training.schedule import rate
 from services.training.worker import Run
+from tests.conftest import tiny_model
 from tests.services.training.conftest import Alone, lines, texts
 
 
@@ -289,6 +290,22 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_loaded(config, monk
     monkeypatch.setattr(learners, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=r"about 0\.00 GiB of its device, which has 0\.00 GiB: weights .*, optimizer"):
         Alone(config(device_bytes=100_000))
+
+
+def test_the_estimate_counts_what_is_trained_and_who_keeps_it(config):
+    n, adapter = tiny_model().num_parameters(), 2 * 4 * (32 + 32)  # q_proj of two layers, rank 4
+
+    def parts(dtype, **changes):
+        made = config(**changes)
+        found = estimate(made, _shape(made.model), dtype, torch.device("cpu"))
+        return [found[name] for name in ("weights", "gradients", "masters", "optimizer")]
+
+    assert parts(torch.float32) == [4 * n, 4 * n, 0, 8 * n]
+    assert parts(torch.bfloat16) == [2 * n, 4 * n, 4 * n, 8 * n]
+    shared = {"workers": {"count": 2, "parallel": "fsdp"}}
+    assert parts(torch.bfloat16, **shared) == [2 * n, 4 * n, 2 * n, 4 * n]
+    lora = {"lora": {"rank": 4, "modules": ["q_proj"]}}
+    assert parts(torch.bfloat16, **lora) == [2 * n, 4 * adapter, 0, 8 * adapter]
 
 
 def test_what_a_gguf_model_takes_is_estimated_from_its_header(config, tmp_path):
