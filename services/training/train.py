@@ -178,6 +178,7 @@ def _connect(config: TrainConfig, *, local: bool) -> None:
         prepare_ray()
     import psutil
     import ray
+    import torch  # noqa: F401  # before Ray has threads: imported later, its MKL has been seen to end the process
 
     if not local:
         ray.init(logging_level="WARNING")

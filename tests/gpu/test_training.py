@@ -1,4 +1,4 @@
-"""Training on the device: losses and gradients are those of the host, whatever reaches back, with layers kept or not."""
+"""Training on the device: losses and gradients are those of the host, whatever reaches back, layers kept or not."""
 
 from __future__ import annotations
 
