@@ -176,7 +176,7 @@ def test_a_run_that_was_stopped_resumed_and_lost_a_worker_is_an_unbroken_one(add
     wait_for(lambda: step() > stopped_at)
     log = jobs._client.get_job_logs(second)
     workers = set(re.findall(r"RayTrainWorker pid=(\d+)", log))
-    os.kill(int(re.findall(r"RayTrainWorker pid=(\d+).*segcore-train", log)[0]), signal.SIGKILL)
+    os.kill(int(re.findall(r"RayTrainWorker pid=(\d+).*segcore-run", log)[0]), signal.SIGKILL)
     assert main(["train", "follow", second, "--address", address]) == 0
 
     log = jobs._client.get_job_logs(second)
@@ -191,7 +191,7 @@ def test_a_run_that_was_stopped_resumed_and_lost_a_worker_is_an_unbroken_one(add
 def test_a_run_is_neither_begun_twice_nor_resumed_from_nothing(address, unbroken, run_file, capsys):
     assert main(["train", str(run_file("unbroken")), "--address", address]) == 1
     assert "resume the run, or give it another name" in capsys.readouterr().out
-    with pytest.raises(NotFound, match="no training job or run 'nobody'"):
+    with pytest.raises(NotFound, match="no job or run 'nobody'"):
         Jobs(address).find("nobody")
 
 

@@ -18,11 +18,12 @@ from segcore.errors import ConfigError, NonFiniteLoss
 from segcore.presets import segment_preset
 from segcore.training.stream import TrainingStream
 from segcore.weights import load_model
+from services.follow import told
 from services.training import checkpoint, worker
 from services.training.checkpoint import TENSORS, export, latest, publish
 from services.training.config import ScheduleSection, TrainConfig
 from services.training.estimate import _shape, estimate
-from services.training.metrics import LINES, read_lines, told
+from services.training.metrics import LINES, read_lines
 from services.training.schedule import rate
 from services.training.worker import Run
 from tests.services.training.conftest import Alone, lines, texts
