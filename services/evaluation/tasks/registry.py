@@ -7,7 +7,7 @@ from segcore.tasks.registry import TASKS
 from services.evaluation.config import EvalConfig
 from services.evaluation.tasks.base import Suite
 from services.evaluation.tasks.perplexity import Perplexity
-from services.evaluation.tasks.ruler import MAKERS, Ruler
+from services.evaluation.tasks.ruler.suite import MAKERS, Ruler
 from services.evaluation.tasks.synthetic import Synthetic
 
 SUITES: dict[str, type[Suite]] = {
