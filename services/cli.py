@@ -99,12 +99,18 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "eval",
         help="score models and policies on long-context tasks, and report",
         description=(
-            "segcore eval CONFIG.yaml runs an evaluation, or goes on with it; report FOLDER writes a run's report"
-            " again; compare FOLDER FOLDER sets two runs side by side."
+            "segcore eval CONFIG.yaml runs an evaluation, or goes on with it: here, or as a job of a Ray cluster;"
+            " report FOLDER writes a run's report again; compare FOLDER FOLDER sets two runs side by side; follow JOB,"
+            " stop JOB and list see to jobs."
         ),
     )
-    evaluation.add_argument("words", metavar="CONFIG.yaml | report | compare", nargs="+")
-    evaluation.add_argument("--address", help="a Ray cluster's: auto, or ray://HOST:10001; default: one of its own")
+    evaluation.add_argument("words", metavar="CONFIG.yaml | report | compare | follow | stop | list", nargs="+")
+    evaluation.add_argument(
+        "--address",
+        help="a Ray cluster: its dashboard's, http://HOST:8265, for a job; auto or ray://HOST:10001 to work on it from"
+        " here; default: a Ray of its own",
+    )
+    evaluation.add_argument("--detach", action="store_true", help="submit, and don't follow")
     evaluation.set_defaults(run=_eval)
 
 
@@ -195,7 +201,7 @@ def _memory(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     from services.evaluation.command import run_eval
 
-    return run_eval(options.words, options.address)
+    return run_eval(options.words, options.address, detach=options.detach)
 
 
 def _train(options: argparse.Namespace) -> int:

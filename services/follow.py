@@ -59,7 +59,7 @@ def follow(
             if said is None:
                 last.append(line.rstrip("\n"))
             elif "done" in said:
-                console.print(end(said), highlight=False, soft_wrap=True)
+                console.print(end(said), highlight=False, markup=False, soft_wrap=True)
                 return 0
             elif "step" in said:
                 bar.update(task, completed=said["step"], total=said["steps"], description=numbers(said))

@@ -9,12 +9,14 @@ import asyncio
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.table import Table
 
 from segcore.errors import NotFound, Unavailable
@@ -29,7 +31,7 @@ RETRY_S = 1.0
 PATIENCE_S = 60.0
 
 
-class Jobs:
+class Jobs(ABC):
     """Jobs of one command of ours on a cluster: `segcore COMMAND`.
 
     address: the cluster's dashboard, http://..., or ray://...; None: Ray's own environment variables, else this
@@ -37,7 +39,7 @@ class Jobs:
     """
 
     def __init__(self, command: str, address: str | None, *, otherwise: str) -> None:
-        self._command = command
+        self._command, self._there = command, f"--address {address}" if address else ""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         from ray.job_submission import JobSubmissionClient
 
@@ -69,6 +71,26 @@ class Jobs:
                 if "try again later" not in str(error) or time.monotonic() > until:
                     raise Unavailable(f"the cluster doesn't take the job: {error}") from error
             time.sleep(RETRY_S)
+
+    @abstractmethod
+    def follow(self, job: str, console: Console) -> int:
+        """Show a job until it ends; 0 if it did its work."""
+
+    def see_to(self, act: str, words: Sequence[str], console: Console) -> int:
+        """`list`, `stop JOB` or `follow JOB`; returns the exit status. Whoever stops following is told how to go on."""
+        match act:
+            case "list":
+                console.print(self.table())
+            case "stop":
+                console.print(f"stopped {self.stop(words[0])}; what it has done is kept", highlight=False)
+            case "follow":
+                try:
+                    return self.follow(words[0], console)
+                except KeyboardInterrupt:
+                    again = f"segcore {self._command} follow {words[0]} {self._there}".rstrip()
+                    console.print(f"the run goes on; see it with `{again}`, end it with `stop`")
+                    return 130
+        return 0
 
     def stop(self, job: str) -> str:
         """End a run, which keeps what it has written; returns the job's name once it has ended."""

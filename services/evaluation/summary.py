@@ -14,8 +14,10 @@ import numpy as np
 from segcore.config import MIB
 from segcore.errors import NotFound
 from services.evaluation.config import EvalConfig
+from services.evaluation.measures import SHARE, Measure
 from services.evaluation.results import Result, ResultFile
-from services.evaluation.run import RESULTS, SETTINGS, Plan
+from services.evaluation.run import RESULTS, SETTINGS
+from services.evaluation.tasks.registry import SUITES
 
 RESAMPLES = 2000
 # Of an answer's figures, those that are told by arm and length: the unit of pictures, and how much of it one is.
@@ -53,7 +55,8 @@ class Summary:
     config: EvalConfig
     results: list[Result]
     planned: int
-    folder: Path
+    run_id: str
+    code: str = ""
     data: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -63,9 +66,11 @@ class Summary:
             settings = json.loads((folder / SETTINGS).read_text())
         except (OSError, ValueError) as error:
             raise NotFound(f"{folder} isn't an evaluation's folder: {error}") from error
+        if not settings.keys() >= {"run", "code", "planned", "data", "config"}:
+            raise NotFound(f"{folder} is an evaluation of another version of segcore: run it again")
         config = EvalConfig.model_validate(settings["config"])
-        found = ResultFile(folder / RESULTS).results
-        return cls(config, list(found.values()), len(Plan.of(config).keys), folder, settings["data"])
+        found = list(ResultFile(folder / RESULTS).results.values())
+        return cls(config, found, settings["planned"], settings["run"], settings["code"], settings["data"])
 
     @property
     def arms(self) -> list[str]:
@@ -74,6 +79,10 @@ class Summary:
     @property
     def tasks(self) -> list[str]:
         return [task.name for task in self.config.tasks]
+
+    def measure(self, task: str) -> Measure:
+        """What a task's scores are."""
+        return SUITES[next(section.task for section in self.config.tasks if section.name == task)].measure
 
     @property
     def counts(self) -> dict[str, int]:
@@ -127,13 +136,22 @@ class Summary:
         same = [_texts(a) == _texts(b) for a, b in both if "turns" in a]
         return sum(same) / len(same) if same else None
 
-    def best(self, **wanted: Any) -> str | None:
+    def best(self, task: str, **wanted: Any) -> str | None:
         """The arm that is better than every other on the same items, as far as intervals say so."""
+        lower = self.measure(task).lower_is_better
+        results = {arm: self.of(arm=arm, task=task, **wanted) for arm in self.arms}
         for arm in self.arms:
-            others = [difference(self.of(arm=arm, **wanted), self.of(arm=o, **wanted)) for o in self.arms if o != arm]
-            if others and all(found is not None and found.low > 0 for found in others):
+            others = [difference(results[arm], results[other]) for other in self.arms if other != arm]
+            if others and all(found and (found.high < 0 if lower else found.low > 0) for found in others):
                 return arm
         return None
+
+    def _shown(self, score: Interval | None, task: str) -> dict[str, float] | None:
+        """A share as it is, a perplexity as itself."""
+        if score is None or self.measure(task) is SHARE:
+            return score and score._asdict()
+        value = self.measure(task).value
+        return Interval(value(score.mean), value(score.low), value(score.high), score.items)._asdict()
 
     def as_json(self) -> dict[str, Any]:
         """Everything that the report shows, for programs."""
@@ -142,7 +160,7 @@ class Summary:
                 "task": task,
                 "length": length,
                 "arm": arm,
-                "score": None if (score := self.score(task=task, length=length, arm=arm)) is None else score._asdict(),
+                self.measure(task).name: self._shown(self.score(task=task, length=length, arm=arm), task),
                 "failures": self.failures(task=task, length=length, arm=arm),
                 "truncated": self.truncated(task=task, length=length, arm=arm),
                 "agreement": self.agreement(arm, self.config.baseline_arm, task=task, length=length),
@@ -153,7 +171,8 @@ class Summary:
             for arm in self.arms
         ]
         told = {
-            "run": self.config.run_id,
+            "run": self.run_id,
+            "code": self.code,
             "counts": self.counts,
             "data": self.data,
             "baseline": self.config.baseline_arm,
