@@ -227,30 +227,8 @@ def theirs() -> ModuleType:
     return module
 
 
-WORDS = """The quick, brown fox; a dog's 12 and Paragraph 7 ... # `x` // an END of it 段落 天气 很好，今天""".split()
-    "The",
-    "quick,",
-    "brown",
-    "fox;",
-    "a",
-    "dog's",
-    "12",
-    "and",
-    "Paragraph",
-    "7",
-    "...",
-    "#",
-    "`x`",
-    "//",
-    "an",
-    "END",
-    "of",
-    "it",
-    "段落",
-    "天气",
-    "很好，今天",
-    "7",
-]
+TEXT = "The quick, brown fox; a dog's 12 and Paragraph 7 ... # `x` // an END of it 段落 天气 很好，今天"
+WORDS = TEXT.split()
 
 
 def text(rng: random.Random) -> str:
