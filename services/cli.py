@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segcore.errors import SegcoreError
+from segcore.errors import ConfigError, SegcoreError
 from segcore.presets import DEFAULT_MODEL
 from segcore.sampling import SamplingParams
 
@@ -113,6 +113,15 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     evaluation.add_argument("--detach", action="store_true", help="submit, and don't follow")
     evaluation.set_defaults(run=_eval)
 
+    harness = commands.add_parser(
+        "lm-eval",
+        help="EleutherAI's lm-evaluation-harness, with this engine as its model segcore",
+        prefix_chars=chr(0),
+        add_help=False,
+    )
+    harness.add_argument("words", nargs=argparse.REMAINDER)
+    harness.set_defaults(run=_lm_eval)
+
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     train = commands.add_parser(
@@ -202,6 +211,14 @@ def _eval(options: argparse.Namespace) -> int:
     from services.evaluation.command import run_eval
 
     return run_eval(options.words, options.address, detach=options.detach)
+
+
+def _lm_eval(options: argparse.Namespace) -> int:
+    try:
+        from services.evaluation.harness import main as harness
+    except ImportError as error:
+        raise ConfigError("lm-evaluation-harness isn't installed: pip install 'segcore[lm-eval]'") from error
+    return harness(options.words)
 
 
 def _train(options: argparse.Namespace) -> int:

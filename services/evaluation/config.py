@@ -22,8 +22,11 @@ FREE = ("storage", "workers", "baseline")
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
     """Relative paths are relative to the file that names them."""
-    folder: Path = (info.context or {}).get("folder", Path.cwd())
-    return folder / path.expanduser()
+    path = path.expanduser()
+    if path.is_absolute():  # Ray takes a job's folder away while it still ends
+        return path
+    folder: Path = (info.context or {}).get("folder") or Path.cwd()
+    return folder / path
 
 
 def _if_there(name: str, info: ValidationInfo) -> str:

@@ -81,7 +81,7 @@ def positions(summary: Summary, task: str) -> str | None:
 def costs(summary: Summary, name: str) -> str | None:
     """One of the figures by length; None if no arm has it."""
     (figure, axes), (unit, scale) = _figure(3.6, 2.3), FIGURES[name]
-    lengths = sorted({n for task in summary.tasks for n in summary.lengths(task)})
+    lengths = summary.all_lengths
     drawn = False
     for arm in summary.arms:
         found = [(n, v) for n in lengths if (v := summary.figure(name, length=n, arm=arm)) is not None]

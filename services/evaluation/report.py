@@ -16,6 +16,7 @@ from services.evaluation.tables import length_told
 # Failures that are shown of each task and arm.
 SHOWN = 3
 _TITLES = {
+    "prefill_s": "Prefill time",
     "prefill_tokens_per_s": "Prefill speed",
     "first_token_s": "Time to first token",
     "answer_tokens_per_s": "Decode speed",
@@ -148,7 +149,30 @@ def _agreement(summary: Summary, task: str) -> str:
 def _costs(summary: Summary) -> str:
     drawn = [(name, pictures.costs(summary, name)) for name in FIGURES]
     figures = [_figure_of(picture, _TITLES[name]) for name, picture in drawn if picture is not None]
-    return f"<h2>Time, memory, recall</h2>{''.join(figures)}" if figures else ""
+    if not figures:
+        return ""
+    known = [name for name, picture in drawn if picture is not None]
+    return f"<h2>Time, memory, recall</h2>{_cost_table(summary, known)}{''.join(figures)}"
+
+
+def _cost_table(summary: Summary, names: list[str]) -> str:
+    """A row for each length and arm, a column for each of the figures."""
+    heads = "".join(f"<th>{_TITLES[name]}<br><small>{FIGURES[name][0]}</small></th>" for name in names)
+    rows = []
+    for length in summary.all_lengths:
+        for arm in summary.arms:
+            values = [summary.figure(name, length=length, arm=arm) for name in names]
+            if any(value is not None for value in values):
+                cells = "".join(f"<td>{_figure(name, value)}</td>" for name, value in zip(names, values, strict=True))
+                rows.append(f'<tr><td>{length_told(length)}</td><td class="text">{escape(arm)}</td>{cells}</tr>')
+    return f'<table><tr><th>tokens</th><th class="text">arm</th>{heads}</tr>{"".join(rows)}</table>'
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    shown = value / FIGURES[name][1]
+    return f"{shown:,.0f}" if shown >= 100 else f"{shown:.2f}"
 
 
 def _figure_of(svg: str, caption: str) -> str:

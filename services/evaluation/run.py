@@ -123,6 +123,7 @@ def _ray(config: EvalConfig, address: str | None) -> Iterator[None]:
     elif own:
         workers = config.workers
         ray.init(
+            address="local",
             num_cpus=max(psutil.cpu_count() or 1, int(workers.count * workers.cpus) + 1),
             include_dashboard=False,
             object_store_memory=150_000_000,

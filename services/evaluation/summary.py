@@ -22,6 +22,7 @@ from services.evaluation.tasks.registry import SUITES
 RESAMPLES = 2000
 # Of an answer's figures, those that are told by arm and length: the unit of pictures, and how much of it one is.
 FIGURES = {
+    "prefill_s": ("seconds", 1),
     "prefill_tokens_per_s": ("tokens/s", 1),
     "first_token_s": ("seconds", 1),
     "answer_tokens_per_s": ("tokens/s", 1),
@@ -97,6 +98,10 @@ class Summary:
 
     def lengths(self, task: str) -> list[int]:
         return sorted({result["length"] for result in self.of(task=task)})
+
+    @property
+    def all_lengths(self) -> list[int]:
+        return sorted({length for task in self.tasks for length in self.lengths(task)})
 
     def depths(self, task: str) -> list[float]:
         return sorted({result["depth"] for result in self.of(task=task) if result["depth"] is not None})
@@ -201,6 +206,7 @@ def _ratio(above: float | None, below: float | None) -> float | None:
 
 
 _FIGURES: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "prefill_s": lambda turn: turn.get("prefill_s"),
     "prefill_tokens_per_s": lambda turn: _ratio(turn.get("prompt_tokens"), turn.get("prefill_s")),
     "first_token_s": lambda turn: turn.get("first_token_s"),
     "answer_tokens_per_s": lambda turn: _ratio(turn.get("answer_tokens", 1) - 1 or None, turn.get("answer_s")),

@@ -104,6 +104,13 @@ def test_figures_are_medians_with_what_is_unknown_left_out(values):
     assert made.figure("first_token_s", arm="full") is None
 
 
+def test_figures_stand_in_a_table(values):
+    figures = {"prompt_tokens": 65_536, "prefill_s": 12.5, "first_token_s": 0.25, "device_bytes": 2**31}
+    page = html(summary(values, [result("segmented", 0, 1.0, length=65_536, **figures, past_bytes=65_536 * 128)]))
+    row = re.search(r"<tr><td>65,536</td><td class=\"text\">segmented</td>(.*?)</tr>", page)[1]
+    assert re.findall(r"<td>(.*?)</td>", row) == ["12.50", "5,243", "0.25", "2,048", "128"]
+
+
 def test_the_report_tells_what_it_is_given_and_nothing_from_elsewhere(values):
     wrong = result("segmented", 1, 0.0, text="<b>wrong</b>", retrieved=["here & there"], recall=0.25)
     results = [result("full", 0, 1.0), result("full", 1, 1.0), result("segmented", 0, 1.0), wrong]
