@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import lm_eval.models  # noqa: F401 - theirs, which are looked for only while none is registered
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -57,7 +58,9 @@ class SegcoreLM(TemplateLM):  # type: ignore[misc]
         **segment: Any,
     ) -> None:
         super().__init__()
-        self._model = load_model(pretrained, dtype=dtype, device=device or "auto", adapter=adapter)
+        if device is None or not torch.cuda.is_available():  # the command names a GPU, though there is none
+            device = "auto"
+        self._model = load_model(pretrained, dtype=dtype, device=device, adapter=adapter)
         trained = None if adapter is None else Adapter.read(adapter).segment
         file = None if heads is None else Path(heads)
         self._segment = model_segment(pretrained, segment, preset=preset, trained=trained, heads=file)

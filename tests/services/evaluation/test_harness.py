@@ -1,13 +1,16 @@
-"""lm-evaluation-harness, driving our engine on tasks of local files, beside its own Hugging Face model."""
+"""lm-evaluation-harness, driving our engine, on requests and on tasks of local files."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
-import lm_eval
 import pytest
+import torch
 import yaml
 from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM
 
 from segcore.errors import LimitExceeded
 from services.cli import main
@@ -67,29 +70,32 @@ def model(model_directory):
     made.close()
 
 
-def answers(folder, model, **more):
-    """Every request's responses, by task."""
-    found = lm_eval.simple_evaluate(
-        model=model, tasks=list(TASKS), task_manager=TaskManager(include_path=str(folder)), log_samples=True, **more
-    )
-    return {
-        name: [sample["resps"] for sample in sorted(samples, key=lambda s: s["doc_id"])]
-        for name, samples in found["samples"].items()
-    }
+def asked(*args):
+    return SimpleNamespace(args=args)
 
 
-def numbers(responses):
-    return [float(part) for row in responses for (response,) in row for part in response]
+def test_full_attention_answers_as_the_models_own_code(model, model_directory):
+    own = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    pairs = [(row["text"].strip(), option) for row in ROWS for option in row["options"]]
+    found = model.loglikelihood([asked(*pair) for pair in pairs], disable_tqdm=True)
+    texts = model.loglikelihood_rolling([asked(row["text"]) for row in ROWS], disable_tqdm=True)
+    until = {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False}
+    said = model.generate_until([asked(row["text"], until) for row in ROWS], disable_tqdm=True)
 
+    def likelihood(context, continuation):
+        tokens = torch.tensor([[*context, *continuation]])
+        told = own(tokens).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        return told.gather(1, tokens[0, len(context) :, None]).sum().item(), told.argmax(-1).tolist() == continuation
 
-def test_full_attention_answers_as_the_harness_own_model(folder, model, model_directory):
-    ours = answers(folder, model)
-    theirs = answers(folder, "hf", model_args=f"pretrained={model_directory},dtype=float32", device="cpu")
-    assert numbers(ours["local_choice"]) == pytest.approx(numbers(theirs["local_choice"]), rel=1e-3)
-    assert len(numbers(ours["local_choice"])) == 2 * 3 * len(ROWS)
-    assert ours["local_answer"] == theirs["local_answer"]
-    rolling = [[float(response) for (response,) in row] for row in (ours["local_text"], theirs["local_text"])]
-    assert rolling[0] == pytest.approx(rolling[1], rel=1e-3)
+    encode = model.tok_encode
+    for (context, continuation), (number, greedy) in zip(pairs, found, strict=True):
+        wanted, best = likelihood(encode(context), encode(continuation))
+        assert (number, greedy) == (pytest.approx(wanted, rel=1e-4), best)
+    for row, number, answer in zip(ROWS, texts, said, strict=True):
+        tokens = encode(row["text"])
+        assert number == pytest.approx(likelihood([model.prefix_token_id], tokens)[0], rel=1e-4)
+        made = own.generate(torch.tensor([tokens]), max_new_tokens=6, do_sample=False)[0, len(tokens) :]
+        assert answer.rstrip("\ufffd") == model.tokenizer.decode(made, skip_special_tokens=True).rstrip("\ufffd")
 
 
 def test_texts_beyond_the_positions_are_refused_but_for_rolling_likelihoods(model):
@@ -102,8 +108,11 @@ def test_texts_beyond_the_positions_are_refused_but_for_rolling_likelihoods(mode
     assert max(len(context) + len(new) for context, new in windows) <= 512
 
 
-def test_the_command_runs_a_local_task(folder, model_directory, capsys):
+def test_the_command_runs_a_local_task(folder, model_directory, capsys, monkeypatch):
+    # Its own thousands of tasks take a minute to list.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
     model_args = f"pretrained={model_directory},dtype=float32,policy=streaming,segment_tokens=64,window_tokens=60"
-    words = ["run", "--model", "segcore", "--model_args", model_args, "--tasks", "local_answer"]
-    assert main(["lm-eval", *words, "--include_path", str(folder), "--limit", "2"]) == 0
-    assert "|local_answer|" in capsys.readouterr().out.replace(" ", "")
+    words = ["run", "--model", "segcore", "--model_args", model_args, "--tasks", ",".join(TASKS)]
+    assert main(["lm-eval", *words, "--include_path", str(folder)]) == 0
+    shown = capsys.readouterr().out.replace(" ", "")
+    assert all(f"|{name}|" in shown for name in TASKS)
