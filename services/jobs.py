@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 CONFIG = "config.json"
+# What Ray would take in place of the address that it is given.
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 # A job's log may break off while the job goes on; then it is asked for again.
 RETRY_S = 1.0
 # So long a cluster that has just started may have nobody yet who runs jobs.
@@ -34,8 +36,7 @@ PATIENCE_S = 60.0
 class Jobs(ABC):
     """Jobs of one command of ours on a cluster: `segcore COMMAND`.
 
-    address: the cluster's dashboard, http://..., or ray://...; None: Ray's own environment variables, else this
-    machine. otherwise: what to do where nobody takes jobs, as the error says it. Raises Unavailable there.
+    address: the cluster's dashboard, http://..., or ray://...; None: RAY_ADDRESS, else this machine. otherwise: what to do where nobody takes jobs, as the error says it. Raises Unavailable there.
     """
 
     def __init__(self, command: str, address: str | None, *, otherwise: str) -> None:
@@ -44,7 +45,8 @@ class Jobs(ABC):
         from ray.job_submission import JobSubmissionClient
 
         try:
-            self._client: JobSubmissionClient = JobSubmissionClient(address)
+            with _without(*(ADDRESSES if address else ())):
+                self._client: JobSubmissionClient = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
             first_line = str(error).strip().split("\n")[0]
             raise Unavailable(
@@ -153,6 +155,16 @@ class Jobs(ABC):
             pass  # the connection broke off
         finally:
             loop.run_until_complete(chunks.aclose())
+
+
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Without these variables of the environment."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ |= kept
 
 
 @contextmanager

@@ -13,10 +13,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 ROOT = Path(__file__).parents[2]
+
+
+class Cluster(NamedTuple):
+    """Two nodes of one CPU each. address: of the dashboard. client: for ray://. second: the one that isn't the head."""
+
+    address: str
+    client: str
+    second: subprocess.Popen[bytes]
 
 
 def free_port() -> int:
@@ -26,9 +35,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[str]:
-    """The dashboard of a cluster of our own, whose nodes are ended by their process ids."""
-    folder, port, dashboard = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), free_port(), free_port()
+def open_cluster() -> Iterator[Cluster]:
+    """A cluster of our own, whose nodes are ended by their process ids."""
+    folder, port, dashboard, client = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), *(free_port() for _ in "123")
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # whose `python` jobs run
         "PYTHONPATH": str(ROOT),
@@ -37,27 +46,25 @@ def cluster() -> Iterator[str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_worker_niceness": "0",
+        "RAY_raylet_start_wait_time_s": "150",
     }
-    ray = [
-        str(Path(sys.executable).parent / "ray"),
-        "start",
-        "--block",
-        "--num-cpus=1",
-        "--object-store-memory=100000000",
-    ]
+    ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
+    ray.append("--object-store-memory=100000000")
     head = [
         *ray, "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
-        f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={free_port()}",
     ]  # fmt: skip
     nodes = []
     with open(folder / "nodes.log", "w") as log:
         try:
             nodes.append(subprocess.Popen(head, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            wait_for(lambda: "Ray runtime started" in (folder / "nodes.log").read_text())
+            started = lambda: (folder / "nodes.log").read_text().count("Ray runtime started")  # noqa: E731
+            dead = lambda: any(n.poll() is not None for n in nodes) and (folder / "nodes.log").read_text()  # noqa: E731
+            wait_for(lambda: started() == 1, dead)
             node = [*ray, f"--address=127.0.0.1:{port}", f"--dashboard-agent-listen-port={free_port()}"]
             nodes.append(subprocess.Popen(node, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            wait_for(lambda: (folder / "nodes.log").read_text().count("Ray runtime started") == 2)
-            yield f"http://127.0.0.1:{dashboard}"
+            wait_for(lambda: started() == 2, dead)
+            yield Cluster(f"http://127.0.0.1:{dashboard}", f"ray://127.0.0.1:{client}", nodes[1])
         finally:
             for process in reversed(nodes):
                 end(process)
@@ -65,21 +72,17 @@ def cluster() -> Iterator[str]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a node, and what it started if it doesn't do so itself."""
-    started = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for left in started:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            left.kill()
+    """End a node at once, with everything that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
+        for each in (process, *started):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.send_signal(signal.SIGKILL)
+    process.wait()
 
 
-def wait_for(happened: Callable[[], object], seconds: float = 200) -> None:
-    until = time.monotonic() + seconds
+def wait_for(happened: Callable[[], object], failed: Callable[[], str | None] = lambda: None) -> None:
+    """failed: says why it won't."""
     while not happened():
-        assert time.monotonic() < until
-        time.sleep(0.05)
+        assert not (why := failed()), why
+        time.sleep(0.1)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.services.cluster import cluster
+from tests.services.cluster import Cluster, open_cluster
 
 
 @pytest.fixture(scope="session")
-def address() -> Iterator[str]:
-    """The dashboard of a cluster that takes jobs; one for all, since it takes half a minute to start."""
-    with cluster() as where:
-        yield where
+def cluster() -> Iterator[Cluster]:
+    """One for all tests, since it takes half a minute to start. Its second node may be gone."""
+    with open_cluster() as made:
+        yield made

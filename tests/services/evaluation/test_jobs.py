@@ -36,8 +36,8 @@ def written(tmp_path, values) -> Callable[..., Path]:
     return write
 
 
-def test_a_job_that_was_stopped_goes_on_to_its_report(address, written, capsys):
-    file = written("run", 12)
+def test_a_job_that_was_stopped_goes_on_to_its_report(cluster, written, capsys):
+    file, address = written("run", 12), cluster.address
     config = EvalConfig.read(file)
     results = config.folder / RESULTS
     assert config.storage == file.parent / "runs"
