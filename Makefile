@@ -1,5 +1,5 @@
 # One word per developer act; CI uses the same words.
-.PHONY: setup redis browser demo test test-fast test-gpu check format protos lock figures up down clean
+.PHONY: setup redis browser demo test test-fast test-gpu check format protos lock figures report-picture up down clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -76,6 +76,12 @@ lock: .venv/.ready
 # Every benchmark's figures beside their targets.
 figures: setup
 	$(BIN)/python benchmarks/figures.py
+
+# The report in docs/, looked at: of the latest run of the example.
+report-picture: setup browser
+	$(BIN)/segcore eval examples/eval-smoke.yaml
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1300 \
+	  --screenshot=docs/eval-report.png "file://$(CURDIR)/$$(ls -td evaluations/eval-smoke-*/ | head -1)report.html"
 
 # A service in the background, on the default ports.
 up: setup

@@ -36,7 +36,8 @@ PATIENCE_S = 60.0
 class Jobs(ABC):
     """Jobs of one command of ours on a cluster: `segcore COMMAND`.
 
-    address: the cluster's dashboard, http://..., or ray://...; None: RAY_ADDRESS, else this machine. otherwise: what to do where nobody takes jobs, as the error says it. Raises Unavailable there.
+    address: the cluster's dashboard, http://..., or ray://...; None: RAY_ADDRESS, else this machine. otherwise: what to
+    do where nobody takes jobs, as the error says it. Raises Unavailable there.
     """
 
     def __init__(self, command: str, address: str | None, *, otherwise: str) -> None:
