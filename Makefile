@@ -80,7 +80,7 @@ figures: setup
 # The report in docs/, looked at: of the latest run of the example.
 report-picture: setup browser
 	$(BIN)/segcore eval examples/eval-smoke.yaml
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1300 \
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1560 \
 	  --screenshot=docs/eval-report.png "file://$(CURDIR)/$$(ls -td evaluations/eval-smoke-*/ | head -1)report.html"
 
 # A service in the background, on the default ports.

@@ -20,6 +20,8 @@ from services.evaluation.run import RESULTS, SETTINGS
 from services.evaluation.tasks.registry import SUITES
 
 RESAMPLES = 2000
+# Of fewer items even unanimous ones can't say at 95% that one arm is better.
+PAIRS = 6
 # Of an answer's figures, those that are told by arm and length: the unit of pictures, and how much of it one is.
 FIGURES = {
     "prefill_s": ("seconds", 1),
@@ -147,7 +149,7 @@ class Summary:
         results = {arm: self.of(arm=arm, task=task, **wanted) for arm in self.arms}
         for arm in self.arms:
             others = [difference(results[arm], results[other]) for other in self.arms if other != arm]
-            if others and all(found and (found.high < 0 if lower else found.low > 0) for found in others):
+            if others and all(found and found.items >= PAIRS and _above(found, lower) for found in others):
                 return arm
         return None
 
@@ -195,6 +197,10 @@ def difference(first: Iterable[Result], second: Iterable[Result]) -> Interval | 
     """How much better the first is, on the items that both have scores for; None if there are none."""
     gains = [a["score"] - b["score"] for a, b in paired(first, second)]
     return Interval.of(gains) if gains else None
+
+
+def _above(gain: Interval, lower: bool) -> bool:
+    return gain.high < 0 if lower else gain.low > 0
 
 
 def _texts(result: Result) -> list[str]:

@@ -86,6 +86,8 @@ def test_a_winner_is_marked_only_where_intervals_say_so(values):
     assert summary(values, clear).best(task="needle") == "segmented"
     close = [result(arm, i, float((i + (arm == "full")) % 2)) for arm in ("full", "segmented") for i in range(20)]
     assert summary(values, close).best(task="needle") is None
+    few = [result(arm, i, float(arm == "segmented")) for arm in ("full", "segmented") for i in range(5)]
+    assert summary(values, few).best(task="needle") is None
 
 
 def test_figures_are_medians_with_what_is_unknown_left_out(values):
@@ -207,9 +209,9 @@ def test_perplexity_is_told_by_position(model_directory, values, arm):
 def test_perplexity_is_shown_as_itself_and_the_lower_one_wins(values):
     results = [
         {"arm": arm, "case": f"p/700/{i}", "task": "p", "length": 700, "depth": None, "facts": {}, "nats": {}}
-        | {"score": math.log(perplexity) + 0.01 * i}
+        | {"score": math.log(perplexity) + 0.01 * (i % 3)}
         for arm, perplexity in (("full", 20.0), ("segmented", 10.0))
-        for i in range(3)
+        for i in range(6)
     ]
     told = summary(values, results, tasks=[{"task": "perplexity", "label": "p", "lengths": [700]}])
     assert told.best("p") == "segmented"
