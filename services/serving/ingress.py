@@ -24,6 +24,9 @@ from services.serving.status import code_of, trailers_of
 
 log = logging.getLogger(__name__)
 
+# This tier knows no tenants.
+_TENANT = ""
+
 
 def _unary(response: type[Any]) -> Callable[[Any], Any]:
     """Give every error of a handler its status. It returns then, since raising would lose the details."""
@@ -86,21 +89,21 @@ class Ingress:
         self, request: pb.CreateSessionRequest, grpc_context: RayServegRPCContext
     ) -> pb.CreateSessionResponse:
         session_id = request.session_id or _routed_session(grpc_context) or uuid.uuid4().hex
-        info = await self._at(session_id, grpc_context).create.remote(session_id, request.model)
+        info = await self._at(session_id, grpc_context).create.remote(_TENANT, session_id, request.model)
         return pb.CreateSessionResponse(session=codec.session_to(info))
 
     @_unary(pb.GetSessionResponse)
     async def GetSession(
         self, request: pb.GetSessionRequest, grpc_context: RayServegRPCContext
     ) -> pb.GetSessionResponse:
-        info = await self._at(request.session_id, grpc_context).get.remote(request.session_id)
+        info = await self._at(request.session_id, grpc_context).get.remote(_TENANT, request.session_id)
         return pb.GetSessionResponse(session=codec.session_to(info))
 
     @_unary(pb.DeleteSessionResponse)
     async def DeleteSession(
         self, request: pb.DeleteSessionRequest, grpc_context: RayServegRPCContext
     ) -> pb.DeleteSessionResponse:
-        await self._at(request.session_id, grpc_context).delete.remote(request.session_id)
+        await self._at(request.session_id, grpc_context).delete.remote(_TENANT, request.session_id)
         return pb.DeleteSessionResponse()
 
     @_unary(pb.GetDocumentResponse)
@@ -108,14 +111,14 @@ class Ingress:
         self, request: pb.GetDocumentRequest, grpc_context: RayServegRPCContext
     ) -> pb.GetDocumentResponse:
         engine = self._at(request.session_id, grpc_context)
-        info = await engine.get_document.remote(request.session_id, request.document_id)
+        info = await engine.get_document.remote(_TENANT, request.session_id, request.document_id)
         return pb.GetDocumentResponse(document=codec.document_to(info), window_bytes=self._config.window_bytes)
 
     @_unary(pb.CancelAnswerResponse)
     async def CancelAnswer(
         self, request: pb.CancelAnswerRequest, grpc_context: RayServegRPCContext
     ) -> pb.CancelAnswerResponse:
-        await self._at(request.session_id, grpc_context).cancel_answer.remote(request.session_id)
+        await self._at(request.session_id, grpc_context).cancel_answer.remote(_TENANT, request.session_id)
         return pb.CancelAnswerResponse()
 
     @_streaming(pb.UploadDocumentResponse)
@@ -130,7 +133,7 @@ class Ingress:
                 raise InvalidRequest("an upload is one header, then data, then a finish", field=kind or "message")
             header = header or request.header
             engine = self._at(header.session_id, grpc_context)
-            where = (header.session_id, header.document_id)
+            where = (_TENANT, header.session_id, header.document_id)
             if kind == "header":
                 total = header.total_bytes if header.HasField("total_bytes") else None
                 ack = await engine.open_document.remote(*where, total)
@@ -148,7 +151,7 @@ class Ingress:
     ) -> AsyncGenerator[pb.GenerateResponse]:
         params = codec.sampling_from(request.sampling)
         engine = self._at(request.session_id, grpc_context).options(stream=True)
-        parts = engine.generate.remote(request.session_id, request.question, params)
+        parts = engine.generate.remote(_TENANT, request.session_id, request.question, params)
         try:
             async for part in parts:
                 yield codec.answer_to(part)
