@@ -57,8 +57,8 @@ class Session:
     The journal holds the tokens that were begun; `pending` those after them. A session whose state lags behind its
     journal replays it. A control at position p acts when exactly p tokens are done: it holds back the tokens after it.
 
-    tenant: whose it is; tenants take turns. appended: tokens of the stream, done or not. parked: the state's tensors in host memory, while the session has no
-    slot on the device.
+    tenant: whose it is; tenants take turns. appended: tokens of the stream, done or not. parked: the state's tensors in
+    host memory, while the session has no slot on the device.
     """
 
     id: str

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 import time
 import uuid
 from array import array
@@ -104,7 +106,7 @@ class Lives:
 
     def __init__(self, model: LoadedModel, engine: Engine, directory: Directory, config: ServeConfig) -> None:
         self._model, self._engine, self._config = model, engine, config
-        self.directory, self.owner = directory, uuid.uuid4().hex
+        self.directory, self.owner = directory, f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
         self._fingerprint = asdict(engine.fingerprint)
         self._lives: dict[Name, Live] = {}
         self._loading: set[Name] = set()
