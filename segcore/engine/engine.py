@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from segcore.config import EngineConfig
+from segcore.engine.replay import block_keys, journal_of
 from segcore.engine.request import Flush, Generation, Mark, Session, Step
 from segcore.engine.runner import Runner
 from segcore.engine.scheduler import Scheduler
 from segcore.engine.snapshot import Snapshot, pack, unpack
-from segcore.engine.steps import Steps
+from segcore.engine.steps import Steps, settle
 from segcore.errors import (
     AlreadyExists,
     BlockMismatch,
@@ -32,6 +33,7 @@ from segcore.errors import (
     LimitExceeded,
     NotFound,
     PastKVError,
+    SegcoreError,
 )
 from segcore.fingerprint import Fingerprint, segment_json, weights_digest
 from segcore.memory import engine_bytes
@@ -47,12 +49,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SessionStats:
-    """Counts of one session: tokens done, segments closed, tokens waiting, bytes of state on the device."""
+    """Counts of one session: tokens done, segments closed, tokens waiting, bytes of state on the device.
+
+    failed: an error ended it.
+    """
 
     tokens: int
     segments: int
     pending_tokens: int
     state_bytes: int
+    failed: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,7 @@ class Engine:
         with self._changed:
             self._check_new(session_id)
             past = self._past.open_stream(self._runner.policy.layout, tenant)
-            self._add(Session(session_id, past, State([]), parked=self._blank))
+            self._add(Session(session_id, past, State([]), tenant, parked=self._blank))
 
     def close(self, session_id: str) -> None:
         """End a stream and let go of all it holds. Work under way is cancelled. Raises NotFound."""
@@ -164,8 +170,10 @@ class Engine:
         self._control(session_id, generation)
 
     def abort(self, generation: Generation) -> None:
-        """End an answer after the token being computed; it finishes as "aborted"."""
+        """End an answer after the token being computed, or before its first one; it finishes as "aborted"."""
         generation.aborted = True
+        with self._changed:
+            self._changed.notify_all()
 
     def fork(self, session_id: str, new_id: str) -> None:
         """A second stream that continues from where this one stands; past KV is shared, not copied.
@@ -175,7 +183,7 @@ class Engine:
         with self._changed:
             session = self._at_rest(session_id)
             self._check_new(new_id)
-            self._continue(new_id, self._snapshot(session), session.past.fork())
+            self._continue(new_id, self._snapshot(session), session.past.fork(), session.tenant)
 
     def snapshot(self, session_id: str) -> bytes:
         """The session as bytes, for `restore` here or in another process. Blocks of past KV aren't in it: they are
@@ -196,7 +204,32 @@ class Engine:
             if past.root != snapshot.root:
                 raise BlockMismatch("the snapshot is another tenant's", fields="tenant")
             past.journal = snapshot.journal
-            self._continue(session_id, snapshot, past)
+            self._continue(session_id, snapshot, past, tenant)
+
+    def replay(self, session_id: str, tokens: Sequence[int], stops: Sequence[int], *, tenant: str = "") -> None:
+        """Open a session that continues a stream of which nothing is left but its tokens; stops: see `journal_of`.
+
+        Blocks that stand anywhere are taken up; what lacks is run again, in the same passes. An answer that had `n`
+        tokens goes on with `generate` of a generation whose `tokens` is n. Raises AlreadyExists, Busy.
+        """
+        with self._changed:
+            self._check_new(session_id)
+            past = self._past.open_stream(self._runner.policy.layout, tenant)
+        past.journal = journal = journal_of(tokens, stops, self.config)
+        size = self.config.segment.segment_tokens
+        keys = [] if self.past_layout is None else block_keys(journal, past.root, size)
+        rest = deque(tokens[len(journal.tokens) :])
+        # Tiers may be slow, so the engine goes on meanwhile.
+        snapshot = Snapshot(past.root, journal, tuple(keys), rest, (), None)
+        session, state = self._continued(session_id, snapshot, past, tenant)
+        with self._changed:
+            try:
+                self._check_new(session_id)
+            except SegcoreError:
+                past.truncate(0)
+                raise
+            self._place(session, state)
+            self._add(session)
 
     def rewind(self, session_id: str, tokens: int) -> None:
         """Go back to where the stream had `tokens` tokens, the end of a closed segment or 0; forget what came after.
@@ -240,6 +273,7 @@ class Engine:
                 segments=session.state.length // self.config.segment.segment_tokens,
                 pending_tokens=session.appended - session.state.length,
                 state_bytes=session.state.nbytes,
+                failed=session.failure is not None,
             )
 
     def retrieved(self, session_id: str) -> list[int]:
@@ -308,9 +342,14 @@ class Engine:
         past = session.past
         return Snapshot(past.root, past.journal.copy(), past.keys, session.pending.copy(), marks, tensors)
 
-    def _continue(self, session_id: str, snapshot: Snapshot, past: SessionPast) -> None:
-        """A new session that continues a snapshot; none, if that fails."""
-        session = Session(session_id, past, State([]), pending=snapshot.pending)
+    def _continue(self, session_id: str, snapshot: Snapshot, past: SessionPast, tenant: str) -> None:
+        session, state = self._continued(session_id, snapshot, past, tenant)
+        self._place(session, state)
+        self._add(session)
+
+    def _continued(self, session_id: str, snapshot: Snapshot, past: SessionPast, tenant: str) -> tuple[Session, State]:
+        """A new session that continues a snapshot, and its state; what `past` holds is let go of if that fails."""
+        session = Session(session_id, past, State([]), tenant, pending=snapshot.pending)
         session.appended = len(past.journal.tokens) + len(session.pending)
         session.controls.extend((position, Mark()) for position in snapshot.marks)
         try:
@@ -318,8 +357,7 @@ class Engine:
         except Exception:
             past.truncate(0)
             raise
-        self._place(session, state)
-        self._add(session)
+        return session, state
 
     @torch.inference_mode()
     def _regained(self, session: Session, snapshot: Snapshot) -> tuple[State, Tensor | None]:
@@ -394,12 +432,21 @@ class Engine:
             self._steps.run(*turn)
         return turn is not None
 
+    def _drop_aborted(self) -> None:
+        """End answers that aren't to begin any more, though tokens before them wait. No session is being stepped."""
+        for session in self._sessions.values():
+            last = session.controls[-1][1] if session.controls else None
+            if isinstance(last, Generation) and last.aborted and session.due_control is not last:
+                session.controls.pop()
+                settle(last.done, "aborted")
+
     def _next_turn(self) -> tuple[Step, list[Session]] | None:
         """The next turn, once there is one; None when the engine ends."""
         with self._changed:
             self._stepping = []
             self._changed.notify_all()
             while self._running:
+                self._drop_aborted()
                 step, sessions = (Step.IDLE, []) if self._interrupting else self._scheduler.next()
                 for session in self._scheduler.displaced():
                     self._steps.park(session)

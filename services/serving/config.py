@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,6 +24,10 @@ class ServeConfig(BaseModel):
     threads: torch's, None for its own choice.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
     address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.
+    sessions: the directory of sessions, a SQLite file or the address of a Redis server; session_ttl_s: how long one is
+    kept after its last call, None: for ever. lease_s: how long others wait for a replica that is gone. slice_s: the
+    longest a call keeps a replica from ending. changed_sessions: what becomes of sessions that were begun with another
+    model, adapter or policy: "refuse" them, or "recompute" their past from their tokens.
     window_bytes: what a client may send beyond what is committed; it bounds what waits when the last byte is sent, and
     so the time to the first token.
     """
@@ -48,12 +52,18 @@ class ServeConfig(BaseModel):
     past_disk_bytes: int | None = Field(default=None, ge=0)
     past_shared: str | None = None
     past_shared_bytes: int | None = Field(default=None, ge=0)
+    sessions: str = Field(default_factory=lambda: str(cache_directory() / "sessions.sqlite"))
+    session_ttl_s: float | None = Field(default=30 * 24 * 3600.0, gt=0)
+    lease_s: float = Field(default=5.0, gt=0)
+    slice_s: float = Field(default=5.0, gt=0)
+    changed_sessions: Literal["refuse", "recompute"] = "refuse"
     attention: str = "auto"
     slots: int = Field(default=8, ge=1)
     max_sessions: int = Field(default=64, ge=1)
     max_session_tokens: int = Field(default=10_000_000, ge=1)
     max_document_bytes: int = Field(default=64 * MIB, ge=1)
     max_data_bytes: int = Field(default=1 * MIB, ge=1, le=3 * MIB)
+    max_import_bytes: int = Field(default=256 * MIB, ge=1)
     window_bytes: int = Field(default=8 * KIB, ge=KIB)
 
     @classmethod

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
 
 import segcore
 from segcore.errors import Unavailable
 from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
-from services.serving.messages import AnswerPart, DocumentInfo, ServerInfo, SessionInfo, UploadAck
+from services.serving.messages import AnswerPart, DocumentInfo, ServerInfo, SessionInfo, SessionPage, UploadAck
 
 
 class EngineDeployment:
-    """`Sessions` behind a deployment handle; its methods raise SegcoreError."""
+    """`Sessions` behind a deployment handle; its methods, and their options, are those; they raise SegcoreError.
+
+    A session belongs to a tenant (up to 64 letters, digits, '-' or '_'; "" if none is told); others don't see it.
+    """
 
     def __init__(self, config: ServeConfig) -> None:
         # Imported here, so that the process that deploys needs no torch.
@@ -31,8 +36,10 @@ class EngineDeployment:
         if not self._engine.alive:
             raise Unavailable("the engine's thread has ended")
 
-    def __del__(self) -> None:
-        if hasattr(self, "_engine"):
+    async def __del__(self) -> None:
+        if hasattr(self, "_sessions"):
+            await self._sessions.drain()
+            self._sessions.close()
             self._engine.shutdown()
 
     async def info(self) -> ServerInfo:
@@ -51,30 +58,58 @@ class EngineDeployment:
             past_bytes_per_token=0 if layout is None else layout.block_bytes_per_token + layout.index_bytes_per_token,
         )
 
-    async def create(self, session_id: str, model: str) -> SessionInfo:
-        return await self._sessions.create(session_id, model)
+    async def create(self, tenant: str, session_id: str, model: str = "", **options: Any) -> SessionInfo:
+        return await self._sessions.create(tenant, session_id, model, **options)
 
-    async def get(self, session_id: str) -> SessionInfo:
-        return await self._sessions.get(session_id)
+    async def get(self, tenant: str, session_id: str) -> SessionInfo:
+        return await self._sessions.get(tenant, session_id)
 
-    async def delete(self, session_id: str) -> None:
-        await self._sessions.delete(session_id)
+    async def list_sessions(self, tenant: str, page_size: int = 100, page_token: str = "") -> SessionPage:
+        return await self._sessions.list_sessions(tenant, page_size, page_token)
 
-    async def open_document(self, session_id: str, document_id: str, total_bytes: int | None) -> UploadAck:
-        return await self._sessions.open_document(session_id, document_id, total_bytes)
+    async def delete(self, tenant: str, session_id: str, **options: Any) -> None:
+        await self._sessions.delete(tenant, session_id, **options)
 
-    async def append(self, session_id: str, document_id: str, offset: int, data: bytes) -> UploadAck:
-        return await self._sessions.append(session_id, document_id, offset, data)
+    async def fork(self, tenant: str, session_id: str, new_id: str, **options: Any) -> SessionInfo:
+        return await self._sessions.fork(tenant, session_id, new_id, **options)
 
-    async def finish(self, session_id: str, document_id: str, total_bytes: int, sha256: bytes) -> UploadAck:
-        return await self._sessions.finish(session_id, document_id, total_bytes, sha256)
+    async def rewind(self, tenant: str, session_id: str, tokens: int, **options: Any) -> SessionInfo:
+        return await self._sessions.rewind(tenant, session_id, tokens, **options)
 
-    async def get_document(self, session_id: str, document_id: str) -> DocumentInfo:
-        return await self._sessions.get_document(session_id, document_id)
+    async def export(self, tenant: str, session_id: str) -> AsyncIterator[bytes]:
+        async for data in self._sessions.export(tenant, session_id):
+            yield data
 
-    async def cancel_answer(self, session_id: str) -> None:
-        await self._sessions.cancel_answer(session_id)
+    async def import_session(self, tenant: str, session_id: str, data: bytes, **options: Any) -> SessionInfo:
+        return await self._sessions.import_session(tenant, session_id, data, **options)
 
-    async def generate(self, session_id: str, question: str, params: SamplingParams) -> AsyncIterator[AnswerPart]:
-        async for part in self._sessions.generate(session_id, question, params):
-            yield part
+    async def open_document(
+        self, tenant: str, session_id: str, document_id: str, total_bytes: int | None, **options: Any
+    ) -> UploadAck:
+        return await self._sessions.open_document(tenant, session_id, document_id, total_bytes, **options)
+
+    async def append(
+        self, tenant: str, session_id: str, document_id: str, offset: int, data: bytes, **options: Any
+    ) -> UploadAck:
+        return await self._sessions.append(tenant, session_id, document_id, offset, data, **options)
+
+    async def finish(
+        self, tenant: str, session_id: str, document_id: str, total_bytes: int, sha256: bytes, **options: Any
+    ) -> UploadAck:
+        return await self._sessions.finish(tenant, session_id, document_id, total_bytes, sha256, **options)
+
+    async def get_document(self, tenant: str, session_id: str, document_id: str) -> DocumentInfo:
+        return await self._sessions.get_document(tenant, session_id, document_id)
+
+    async def document_bytes(self, tenant: str, session_id: str, document_id: str) -> bytes:
+        return await self._sessions.document_bytes(tenant, session_id, document_id)
+
+    async def cancel_answer(self, tenant: str, session_id: str) -> None:
+        await self._sessions.cancel_answer(tenant, session_id)
+
+    async def generate(
+        self, tenant: str, session_id: str, question: str, params: SamplingParams, **options: Any
+    ) -> AsyncIterator[AnswerPart]:
+        async with aclosing(self._sessions.generate(tenant, session_id, question, params, **options)) as parts:
+            async for part in parts:
+                yield part

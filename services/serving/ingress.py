@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
-import uuid
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from ray.serve.handle import DeploymentHandle
 
 from protos.gen.segcore.v1 import segcore_pb2 as pb
-from segcore.errors import InvalidRequest, SegcoreError, Unavailable
+from segcore.errors import InvalidRequest, LimitExceeded
 from services.serving import codec
 from services.serving.config import ServeConfig
-from services.serving.messages import check_name
+from services.serving.engines import Engines, as_segcore_error
+from services.serving.messages import check_name, session_id_for
 from services.serving.status import code_of, trailers_of
 
-log = logging.getLogger(__name__)
+# This tier knows no tenants.
+_TENANT = ""
 
 
 def _unary(response: type[Any]) -> Callable[[Any], Any]:
@@ -62,7 +61,7 @@ def _streaming(response: type[Any]) -> Callable[[Any], Any]:
 
 
 def _set_status(grpc_context: RayServegRPCContext, error: Exception) -> None:
-    known = _as_segcore_error(error)
+    known = as_segcore_error(error)
     grpc_context.set_code(code_of(known))
     grpc_context.set_details(known.message)
     grpc_context.set_trailing_metadata(trailers_of(known))
@@ -72,50 +71,105 @@ class Ingress:
     """One method per RPC, by its name; Serve finds it there."""
 
     def __init__(self, engine: DeploymentHandle, config: ServeConfig) -> None:
-        self._engine, self._config = engine, config
+        self._engines, self._config = Engines(engine, config), config
 
     @_unary(pb.GetServerInfoResponse)
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, grpc_context: RayServegRPCContext
     ) -> pb.GetServerInfoResponse:
-        info = await self._engine.info.remote()
+        info = await self._engines.info()
         return pb.GetServerInfoResponse(schema_revision=codec.SCHEMA_REVISION, **dataclasses.asdict(info))
 
     @_unary(pb.CreateSessionResponse)
     async def CreateSession(
         self, request: pb.CreateSessionRequest, grpc_context: RayServegRPCContext
     ) -> pb.CreateSessionResponse:
-        session_id = request.session_id or _routed_session(grpc_context) or uuid.uuid4().hex
-        info = await self._at(session_id, grpc_context).create.remote(session_id, request.model)
+        session_id = request.session_id or _routed_session(grpc_context) or session_id_for(request.request_id)
+        where, ttl_s = _checked(session_id, grpc_context), codec.seconds_from(request, "ttl")
+        info = await self._engines.call("create", *where, request.model, ttl_s=ttl_s, request_id=request.request_id)
         return pb.CreateSessionResponse(session=codec.session_to(info))
 
     @_unary(pb.GetSessionResponse)
     async def GetSession(
         self, request: pb.GetSessionRequest, grpc_context: RayServegRPCContext
     ) -> pb.GetSessionResponse:
-        info = await self._at(request.session_id, grpc_context).get.remote(request.session_id)
+        info = await self._engines.call("get", *_checked(request.session_id, grpc_context))
         return pb.GetSessionResponse(session=codec.session_to(info))
+
+    @_unary(pb.ListSessionsResponse)
+    async def ListSessions(
+        self, request: pb.ListSessionsRequest, grpc_context: RayServegRPCContext
+    ) -> pb.ListSessionsResponse:
+        page = await self._engines.call(
+            "list_sessions", _TENANT, page_size=request.page_size, page_token=request.page_token
+        )
+        sessions = [codec.session_to(info) for info in page.sessions]
+        return pb.ListSessionsResponse(sessions=sessions, next_page_token=page.next_page_token)
 
     @_unary(pb.DeleteSessionResponse)
     async def DeleteSession(
         self, request: pb.DeleteSessionRequest, grpc_context: RayServegRPCContext
     ) -> pb.DeleteSessionResponse:
-        await self._at(request.session_id, grpc_context).delete.remote(request.session_id)
+        await self._engines.call("delete", *_checked(request.session_id, grpc_context), **codec.options_from(request))
         return pb.DeleteSessionResponse()
+
+    @_unary(pb.ForkSessionResponse)
+    async def ForkSession(
+        self, request: pb.ForkSessionRequest, grpc_context: RayServegRPCContext
+    ) -> pb.ForkSessionResponse:
+        where = _checked(request.session_id, grpc_context)
+        new_id = request.new_session_id or session_id_for(request.request_id)
+        info = await self._engines.call("fork", *where, new_id, **codec.options_from(request))
+        return pb.ForkSessionResponse(session=codec.session_to(info))
+
+    @_unary(pb.RewindSessionResponse)
+    async def RewindSession(
+        self, request: pb.RewindSessionRequest, grpc_context: RayServegRPCContext
+    ) -> pb.RewindSessionResponse:
+        where = _checked(request.session_id, grpc_context)
+        info = await self._engines.call("rewind", *where, request.tokens, **codec.options_from(request))
+        return pb.RewindSessionResponse(session=codec.session_to(info))
+
+    @_streaming(pb.ExportSessionResponse)
+    async def ExportSession(
+        self, request: pb.ExportSessionRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[pb.ExportSessionResponse]:
+        async for data in self._engines.export(*_checked(request.session_id, grpc_context)):
+            yield pb.ExportSessionResponse(data=data)
+
+    @_unary(pb.ImportSessionResponse)
+    async def ImportSession(
+        self, requests: gRPCInputStream[pb.ImportSessionRequest], grpc_context: RayServegRPCContext
+    ) -> pb.ImportSessionResponse:
+        first: pb.ImportSessionRequest | None = None
+        data = bytearray()
+        async for request in requests:
+            first = first or request
+            data += request.data
+            if len(data) > self._config.max_import_bytes:
+                raise LimitExceeded(
+                    f"an import may have at most {self._config.max_import_bytes} bytes here",
+                    max_import_bytes=self._config.max_import_bytes,
+                )
+        first = first or pb.ImportSessionRequest()
+        session_id = first.session_id or _routed_session(grpc_context) or session_id_for(first.request_id)
+        where = _checked(session_id, grpc_context)
+        info = await self._engines.call("import_session", *where, bytes(data), request_id=first.request_id)
+        return pb.ImportSessionResponse(session=codec.session_to(info))
 
     @_unary(pb.GetDocumentResponse)
     async def GetDocument(
         self, request: pb.GetDocumentRequest, grpc_context: RayServegRPCContext
     ) -> pb.GetDocumentResponse:
-        engine = self._at(request.session_id, grpc_context)
-        info = await engine.get_document.remote(request.session_id, request.document_id)
+        where = _checked(request.session_id, grpc_context)
+        info = await self._engines.call("get_document", *where, request.document_id)
         return pb.GetDocumentResponse(document=codec.document_to(info), window_bytes=self._config.window_bytes)
 
     @_unary(pb.CancelAnswerResponse)
     async def CancelAnswer(
         self, request: pb.CancelAnswerRequest, grpc_context: RayServegRPCContext
     ) -> pb.CancelAnswerResponse:
-        await self._at(request.session_id, grpc_context).cancel_answer.remote(request.session_id)
+        await self._engines.call("cancel_answer", *_checked(request.session_id, grpc_context))
         return pb.CancelAnswerResponse()
 
     @_streaming(pb.UploadDocumentResponse)
@@ -124,20 +178,22 @@ class Ingress:
     ) -> AsyncGenerator[pb.UploadDocumentResponse]:
         """One response per request. A stream that ends without a finish leaves the document open."""
         header: pb.DocumentHeader | None = None
+        ends: float | None = None
         async for request in requests:
             kind = request.WhichOneof("message")
             if kind is None or (kind == "header") != (header is None):
                 raise InvalidRequest("an upload is one header, then data, then a finish", field=kind or "message")
             header = header or request.header
-            engine = self._at(header.session_id, grpc_context)
-            where = (header.session_id, header.document_id)
+            where = (*_checked(header.session_id, grpc_context), header.document_id)
             if kind == "header":
+                timeout_s = codec.seconds_from(header, "timeout")
+                ends = None if timeout_s is None else time.monotonic() + timeout_s
                 total = header.total_bytes if header.HasField("total_bytes") else None
-                ack = await engine.open_document.remote(*where, total)
+                ack = await self._engines.call("open_document", *where, total, **codec.options_from(header))
             elif kind == "data":
-                ack = await engine.append.remote(*where, request.data.offset, request.data.data)
+                ack = await self._engines.append(*where, request.data.offset, request.data.data, ends)
             else:
-                ack = await engine.finish.remote(*where, request.finish.total_bytes, request.finish.sha256)
+                ack = await self._engines.finish(*where, request.finish.total_bytes, request.finish.sha256, ends)
             yield codec.ack_to(ack, self._config.window_bytes)
             if ack.finished:
                 return
@@ -147,36 +203,25 @@ class Ingress:
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.GenerateResponse]:
         params = codec.sampling_from(request.sampling)
-        engine = self._at(request.session_id, grpc_context).options(stream=True)
-        parts = engine.generate.remote(request.session_id, request.question, params)
-        try:
+        where = _checked(request.session_id, grpc_context)
+        options = codec.options_from(request) | {"timeout_s": codec.seconds_from(request, "timeout")}
+        answer = self._engines.generate(*where, request.question, params, after=request.after_token, **options)
+        async with aclosing(answer) as parts:
             async for part in parts:
                 yield codec.answer_to(part)
-        finally:
-            parts.cancel()  # ends the answer if the client went away; no effect once it has ended
 
-    def _at(self, session_id: str, grpc_context: RayServegRPCContext) -> DeploymentHandle:
-        """The engine tier, routed by session. Raises InvalidRequest if the metadata names another session."""
-        check_name("session_id", session_id)
-        routed = _routed_session(grpc_context)
-        if routed is not None and routed != session_id:
-            raise InvalidRequest(
-                f"the metadata's session_id is {routed[:80]!r}, the message's {session_id!r}; send the same",
-                field="session_id",
-            )
-        return self._engine.options(session_id=session_id)
+
+def _checked(session_id: str, grpc_context: RayServegRPCContext) -> tuple[str, str]:
+    """Tenant and session of a call. Raises InvalidRequest if the metadata names another session."""
+    check_name("session_id", session_id)
+    routed = _routed_session(grpc_context)
+    if routed is not None and routed != session_id:
+        raise InvalidRequest(
+            f"the metadata's session_id is {routed[:80]!r}, the message's {session_id!r}; send the same",
+            field="session_id",
+        )
+    return _TENANT, session_id
 
 
 def _routed_session(grpc_context: RayServegRPCContext) -> str | None:
     return next((value for key, value in grpc_context.invocation_metadata() if key == "session_id"), None)
-
-
-def _as_segcore_error(error: Exception) -> SegcoreError:
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, SegcoreError):
-        return cause
-    if isinstance(cause, (RayError, RayServeException)):
-        log.warning("engine unreachable: %s", cause)
-        return Unavailable("the replica that holds the session isn't reachable; try again")
-    log.exception("request failed", exc_info=error)
-    return SegcoreError("an internal error; the service's log has it")
