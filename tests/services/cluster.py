@@ -47,6 +47,9 @@ def open_cluster() -> Iterator[Cluster]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_worker_niceness": "0",
         "RAY_raylet_start_wait_time_s": "150",
+        # For as long Ray waits for the workers of a node that it does not yet know to be gone.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+        "PYTHONDONTWRITEBYTECODE": "",  # dozens of processes import the same packages
     }
     ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
     ray.append("--object-store-memory=100000000")

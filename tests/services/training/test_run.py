@@ -156,6 +156,7 @@ def test_a_run_that_was_killed_over_a_checkpoint_goes_on_as_if_unbroken(config):
     assert process.exitcode == -signal.SIGKILL
     assert latest(broken.folder).name == "checkpoint-0000002"
     assert list(broken.folder.glob(".*.partial"))
+    (broken.folder / ".checkpoint-0000003.partial").mkdir()  # of a run that wrote more of them
     Alone(broken).run.train()
     assert not list(broken.folder.glob(".*"))
     assert curve(broken) == curve(unbroken)
