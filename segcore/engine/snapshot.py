@@ -24,23 +24,23 @@ from segcore.pastkv.journal import Journal
 from segcore.policies import Policy
 from segcore.state import State, Window
 
+_HOST = torch.device("cpu")
 _FIELDS = ("k_HND", "rotated_HND", "v_HND")
 
 
-def pack(state: State) -> dict[str, Tensor]:
-    """The state's live tensors, copied to host memory. Gradients pass, and through `unpack` too."""
-    host = torch.device("cpu")
+def pack(state: State, device: torch.device = _HOST) -> dict[str, Tensor]:
+    """The state's live tensors, copied to host memory or to a device. Gradients pass, and through `unpack` too."""
     tensors = {
         "counts": torch.tensor([state.length, state.filled, state.events]),
-        "retrieved": _copy(state.retrieved_CR, host),
+        "retrieved": _copy(state.retrieved_CR, _HOST),
     }
-    tensors |= {f"queries.{i}": _copy(q, host) for i, q in enumerate(state.queries)}
+    tensors |= {f"queries.{i}": _copy(q, device) for i, q in enumerate(state.queries)}
     for layer, windows in enumerate(state.layers):
         for i, window in enumerate(windows):
             stop, name = window.base + state.filled, f"window.{layer}.{i}"
             tensors[f"{name}.rows"] = torch.tensor([window.start, window.base, window.position, window.k_HND.shape[1]])
             for field in _FIELDS:
-                tensors[f"{name}.{field}"] = _copy(getattr(window, field)[:, window.start : stop], host)
+                tensors[f"{name}.{field}"] = _copy(getattr(window, field)[:, window.start : stop], device)
     return tensors
 
 

@@ -214,6 +214,7 @@ class _Unrolled:
         self._runner, self._stream, self._past, self._weight = runner, stream, past, weight
         self._teacher = teacher
         self._chunk_tokens, self._size = chunk_tokens, runner.config.segment_tokens
+        self._device = runner.model.spec.device
         targets = (stream.targets_T != IGNORED).nonzero()
         # Where segments begin; what comes after the last target changes nothing.
         self._firsts = range(0, int(targets[-1]) + 1 if len(targets) else 0, self._size)
@@ -243,7 +244,7 @@ class _Unrolled:
                 hidden_TC = self._segment(state)
             loss, pulls = self._loss(first, hidden_TC)
             _backward(pulls)
-            state, total = unpack(pack(state), self._runner.policy), total + loss
+            state, total = unpack(pack(state, self._device), self._runner.policy), total + loss
         return total
 
     def _backwards(self) -> float:
@@ -271,12 +272,14 @@ class _Unrolled:
         ages: gradients of the state after it, the youngest, of age 1, first. Returns the segment's loss and the ages
         of the state before it.
         """
-        leaves = {name: before.state[name].requires_grad_() for name in differentiable(before.state)}
+        # Of all states this one and the next are on the device, and gradients never leave it.
+        tensors = dict(before.state)
+        leaves = {name: tensors[name].to(self._device).requires_grad_() for name in differentiable(tensors)}
         self._past.rewind(before.decided)
         with torch.enable_grad():
-            state = unpack(before.state, self._runner.policy)
+            state = unpack(tensors | leaves, self._runner.policy)
             hidden_TC = self._segment(state)
-            after = pack(state)
+            after = pack(state, self._device)
         loss, pulls = self._loss(first, hidden_TC)
         by_age = [pulls, *([(after[name], gradient) for name, gradient in age.items()] for age in ages)]
         older = [] if self._k is None else [_pulled(pulls, leaves) for pulls in by_age[: self._k]]
