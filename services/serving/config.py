@@ -24,6 +24,10 @@ class ServeConfig(BaseModel):
     threads: torch's, None for its own choice.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
     address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.
+    host, grpc_port, http_port: where each front listens, over TLS if there is a certificate (PEM files); with
+    tls_client_ca clients need a certificate that it signed. serve_grpc_port: Serve's own proxy beside it, without TLS.
+    fronts: how many there are; one a node.
+    tenants: a file of who may call (see tenants.py); None: everybody, as one tenant.
     window_bytes: what a client may send beyond what is committed; it bounds what waits when the last byte is sent, and
     so the time to the first token.
     """
@@ -43,6 +47,13 @@ class ServeConfig(BaseModel):
     host: str = "127.0.0.1"
     grpc_port: int = Field(default=9100, ge=0, le=65535)
     http_port: int = Field(default=8100, ge=0, le=65535)
+    serve_grpc_port: int | None = Field(default=None, ge=0, le=65535)
+    fronts: int = Field(default=1, ge=1)
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    grpc_reflection: bool = False
+    tenants: Path | None = None
     past_directory: Path = Field(default_factory=lambda: cache_directory() / "past-kv")
     past_host_bytes: int = Field(default=8 * GIB, ge=0)
     past_disk_bytes: int | None = Field(default=None, ge=0)

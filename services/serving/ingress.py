@@ -16,6 +16,7 @@ from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from ray.serve.handle import DeploymentHandle
 
 from protos.gen.segcore.v1 import segcore_pb2 as pb
+from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
 from segcore.errors import InvalidRequest, SegcoreError, Unavailable
 from services.serving import codec
 from services.serving.config import ServeConfig
@@ -23,6 +24,12 @@ from services.serving.messages import check_name
 from services.serving.status import code_of, trailers_of
 
 log = logging.getLogger(__name__)
+
+# By full name, what adds each to a gRPC server.
+SERVICES: dict[str, Callable[[Any, Any], None]] = {
+    service.full_name: getattr(stubs, f"add_{name}Servicer_to_server")
+    for name, service in pb.DESCRIPTOR.services_by_name.items()
+}
 
 
 def _unary(response: type[Any]) -> Callable[[Any], Any]:
