@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segcore.adapter import Adapter
 from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig
@@ -66,6 +66,14 @@ class ServeConfig(BaseModel):
     max_document_bytes: int = Field(default=64 * MIB, ge=1)
     max_data_bytes: int = Field(default=1 * MIB, ge=1, le=3 * MIB)
     window_bytes: int = Field(default=8 * KIB, ge=KIB)
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> ServeConfig:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together")
+        if self.tls_client_ca is not None and self.tls_key is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        return self
 
     @classmethod
     def read(cls, path: Path) -> ServeConfig:

@@ -33,7 +33,7 @@ class Certificate:
     def grpc_credentials(self) -> grpc.ServerCredentials:
         """For a gRPC server, which asks for what is new before each handshake."""
         mutual = len(self._files) == 3
-        return grpc.dynamic_ssl_server_credentials(self._grpc_files(), self._grpc_news, mutual)
+        return grpc.dynamic_ssl_server_credentials(self._grpc_files(), self._grpc_news, mutual)  # type: ignore[arg-type]
 
     def ssl_context(self) -> ssl.SSLContext:
         """For an HTTP server; `renew` keeps it up to date."""
