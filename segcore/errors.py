@@ -17,6 +17,9 @@ SegcoreError
 │   └── Busy                the same call can succeed later
 ├── NonFiniteLoss           a loss, or its gradient, isn't finite; no weight was updated
 ├── Unavailable             what would do the work is going away or unreachable; try again
+│   └── LeaseLost           another replica continues the session
+├── DeadlineExceeded        the caller's time was up; what was done stays done
+├── SessionLost             what was stored of a session is damaged, tokens and all
 ├── Cancelled               the caller, or the service's shutdown, ended the work
 └── PastKVError             past KV that can't be stored or trusted
     ├── BlockMissing        a block isn't where it was put
@@ -111,6 +114,18 @@ class NonFiniteLoss(SegcoreError):
 
 class Unavailable(SegcoreError):
     """What would do the work is going away or unreachable; try again."""
+
+
+class LeaseLost(Unavailable):
+    """Another replica has taken the session over; a call that is made again reaches it there."""
+
+
+class DeadlineExceeded(SegcoreError):
+    """The time that the caller gave was up. What was done stays done; the details say how far it came."""
+
+
+class SessionLost(SegcoreError):
+    """What was stored of a session is damaged or gone, its tokens too."""
 
 
 class Cancelled(SegcoreError):

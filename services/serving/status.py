@@ -30,6 +30,8 @@ _CODES: list[tuple[type[errors.SegcoreError], grpc.StatusCode]] = [
     (errors.Cancelled, grpc.StatusCode.CANCELLED),
     (errors.StorageFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.PastKVError, grpc.StatusCode.DATA_LOSS),
+    (errors.SessionLost, grpc.StatusCode.DATA_LOSS),
+    (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.SegcoreError, grpc.StatusCode.INTERNAL),
 ]
