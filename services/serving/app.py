@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from services.serving.config import ServeConfig
 from services.serving.engine_deployment import EngineDeployment
 from services.serving.front import Front
-from services.serving.ingress import SERVICES
+from services.serving.ingress import SERVICES, Ingress
 
 APPLICATION = "segcore"
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
@@ -18,36 +20,45 @@ _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _MAX_ONGOING = 10_000
 # One event loop for requests, routing and our code, and messages between replicas by gRPC: benchmarks/front.py has what
 # that is worth.
-_QUICK = {
+QUICK = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 
 
-def build(config: ServeConfig) -> serve.Application:
-    """Fronts and engines; a session's calls all reach the same engine replica. Raises ConfigError."""
+def build(
+    config: ServeConfig,
+    *,
+    engine: type[Any] = EngineDeployment,
+    ingress: type[Ingress] = Front,
+    quick: dict[str, str] = QUICK,
+) -> serve.Application:
+    """Fronts and engines; a session's calls all reach the same engine replica. Raises ConfigError.
+
+    engine, ingress, quick: others than a service's own are for measurements.
+    """
     config.engine_config()  # a configuration that can't work fails here, not in a replica
-    engine = serve.deployment(
+    engines = serve.deployment(
         name="engine",
         num_replicas=config.replicas,
         max_ongoing_requests=_MAX_ONGOING,
         ray_actor_options={
             "num_cpus": 1,
             "num_gpus": config.gpus_per_replica,
-            "runtime_env": {"env_vars": _QUICK},
+            "runtime_env": {"env_vars": quick},
         },
         request_router_config=RequestRouterConfig(
             request_router_class=_ROUTER, request_router_kwargs={"num_fallback_replicas": 0}
         ),
-    )(EngineDeployment)
-    ingress = serve.deployment(
+    )(engine)
+    fronts = serve.deployment(
         name="ingress",
         num_replicas=config.fronts,
         max_ongoing_requests=_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _QUICK}},
-    )(Front)
-    return ingress.bind(engine.bind(config), config)
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": quick}},
+    )(ingress)
+    return fronts.bind(engines.bind(config), config)
 
 
 def servicer_functions() -> list[str]:

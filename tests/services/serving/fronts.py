@@ -20,7 +20,7 @@ class LocalHandle:
     def __init__(self, target: Any, method: str = "", stream: bool = False) -> None:
         self._target, self._method, self._stream = target, method, stream
 
-    def options(self, *, session_id: str = "", stream: bool = False) -> LocalHandle:
+    def options(self, *, session_id: str = "", stream: bool = False, _by_reference: bool = True) -> LocalHandle:
         return LocalHandle(self._target, self._method, stream)
 
     def __getattr__(self, name: str) -> LocalHandle:
