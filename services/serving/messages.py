@@ -50,6 +50,16 @@ class UploadAck:
     finished: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A part of a document, in bytes of its UTF-8 [start, end), and of how many tokens it was made."""
+
+    document_id: str
+    start_byte: int
+    end_byte: int
+    tokens: int
+
+
 # What an answer is asked of, apart from sessions: a text as it is, tokens, or messages of a chat, (role, content).
 Prompt = str | list[int] | list[tuple[str, str]]
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from segcore.engine.engine import Engine
+from segcore.engine.request import Generation
 from segcore.errors import (
     FailedPrecondition,
     InvalidDocument,
@@ -22,9 +23,8 @@ from segcore.errors import (
     WrongOffset,
 )
 from segcore.sampling import SamplingParams
-from segcore.text import DocumentEncoder, check_question
+from segcore.text import AnswerText, DocumentEncoder, check_question
 from segcore.weights import LoadedModel
-from services.serving.answer import Answer
 from services.serving.config import ServeConfig
 from services.serving.messages import AnswerPart, DocumentInfo, Progress, SessionInfo, UploadAck, check_name
 
@@ -61,7 +61,7 @@ class _Session:
     started: bool = False
     turn_open: bool = False
     last_token: int | None = None
-    answer: Answer | None = None
+    answer: _Answer | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -201,13 +201,20 @@ class Sessions:
             self._check_idle(session)
             self._check_none_open(session)
             prompt_tokens = self._ask(session, question)
-            answer = Answer(self._model, params)
+            answer = _Answer(self._model, params)
             session.answer = answer
             self._engine.generate(session.key, answer.generation)
         answer.generation.done.add_done_callback(answer.on_loop(lambda: self._end_answer(session, answer)))
         try:
-            async for part in answer.parts(prompt_tokens):
-                yield part
+            async for text in answer.texts():
+                yield AnswerPart(text=text)
+            reason = answer.generation.done.result()
+            yield AnswerPart(
+                text=answer.text.flush(),
+                finish_reason=reason,
+                prompt_tokens=prompt_tokens,
+                answer_tokens=answer.generation.tokens,
+            )
         finally:
             self._engine.abort(answer.generation)
 
@@ -247,7 +254,7 @@ class Sessions:
             return chat.separator
         return chat.reopen(session.last_token) if session.started else chat.head
 
-    def _end_answer(self, session: _Session, answer: Answer) -> None:
+    def _end_answer(self, session: _Session, answer: _Answer) -> None:
         session.answer = None
         session.last_token = answer.last_token
 
@@ -301,6 +308,37 @@ class Sessions:
         return UploadAck(committed_offset=document.committed_offset, progress=progress, finished=finished)
 
 
+class _Answer:
+    """An answer on its way from the engine's thread to the event loop."""
+
+    def __init__(self, model: LoadedModel, params: SamplingParams) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[str | None] = asyncio.Queue()  # holds at most max_tokens texts
+        self.text = AnswerText(model.tokenizer, model.end_tokens, params.stop)
+        self.generation = Generation(params, self._on_token)
+        self.last_token: int | None = None
+        self.generation.done.add_done_callback(self.on_loop(lambda: self._queue.put_nowait(None)))
+
+    async def texts(self) -> AsyncIterator[str]:
+        while (text := await self._queue.get()) is not None:
+            yield text
+
+    def on_loop(self, call: Callable[[], None]) -> Callable[[object], None]:
+        return lambda _: _call_soon(self._loop, call)
+
+    def _on_token(self, token: int) -> bool:
+        self.last_token = token
+        text = self.text.push(token)
+        if text:
+            _call_soon(self._loop, lambda: self._queue.put_nowait(text))
+        return self.text.finished
+
+
 def _key(tenant: str, session_id: str) -> str:
     """A session's name in the engine."""
     return f"{tenant}/{session_id}"
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call)
