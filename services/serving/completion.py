@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 
 from segcore.engine.engine import Engine
 from segcore.engine.request import Generation
-from segcore.errors import InvalidRequest, LimitExceeded
+from segcore.errors import InvalidRequest, LimitExceeded, NotFound
 from segcore.sampling import Logprobs, SamplingParams
 from segcore.text import AnswerText, ChatFormat, check_question
 from segcore.turns import Conversation
@@ -24,18 +24,25 @@ from services.serving.messages import AnswerPart, Prompt, TokenLogprob
 class Completions:
     """All such answers of one engine."""
 
-    def __init__(self, model: LoadedModel, engine: Engine) -> None:
-        self._model, self._engine = model, engine
+    def __init__(
+        self, model: LoadedModel, engine: Engine, room: Callable[[str, str], AbstractAsyncContextManager[None]]
+    ) -> None:
+        """room: makes room in the engine, for a tenant's stream of a name."""
+        self._model, self._engine, self._room = model, engine, room
 
-    async def complete(self, tenant: str, prompt: Prompt, params: SamplingParams) -> AsyncIterator[AnswerPart]:
-        """Stream the answer. Closing the iterator ends it. Raises InvalidRequest, LimitExceeded, Busy."""
+    async def complete(
+        self, tenant: str, prompt: Prompt, params: SamplingParams, after: int = 0
+    ) -> AsyncGenerator[AnswerPart]:
+        """Stream the answer, from the token after the first `after` on. Closing the iterator ends it.
+
+        Raises InvalidRequest, LimitExceeded, Busy.
+        """
         tokens, marks = await asyncio.to_thread(self._lay_out, prompt)
         limit = self._engine.max_stream_tokens
         if len(tokens) >= limit:
             raise LimitExceeded(f"the prompt has {len(tokens)} tokens, with the answer at most {limit}", field="prompt")
-        key = f"{tenant}/completion.{uuid.uuid4().hex}"  # no session's id has a dot
-        self._engine.open(key, tenant=tenant)
-        try:
+        name = f"completion.{uuid.uuid4().hex}"  # no session's id has a dot
+        async with self._room(tenant, name), self._stream(f"{tenant}/{name}", tenant) as key:
             for first, stop in zip((0, *marks), (*marks, len(tokens)), strict=True):
                 self._engine.append(key, tokens[first:stop])
                 if stop in marks:
@@ -44,9 +51,17 @@ class Completions:
             self._engine.generate(key, answer.generation)
             async with aclosing(answer.parts(len(tokens))) as parts:
                 async for part in parts:
-                    yield part
+                    if part.token_index > after or part.finish_reason is not None:
+                        yield part
+
+    @asynccontextmanager
+    async def _stream(self, key: str, tenant: str) -> AsyncIterator[str]:
+        self._engine.open(key, tenant=tenant)
+        try:
+            yield key
         finally:
-            await asyncio.shield(asyncio.to_thread(self._engine.close, key))
+            with suppress(NotFound):  # the engine has ended
+                await asyncio.shield(asyncio.to_thread(self._engine.close, key))
 
     def _lay_out(self, prompt: Prompt) -> tuple[list[int], list[int]]:
         """The prompt's tokens, and the indices of those that follow an end of turn."""
@@ -102,6 +117,7 @@ class _Answer:
         text = self._text.flush()
         yield AnswerPart(
             text=text,
+            token_index=self.generation.tokens,
             finish_reason=reason,
             prompt_tokens=prompt_tokens,
             answer_tokens=self.generation.tokens,
@@ -113,7 +129,7 @@ class _Answer:
         if self.generation.logprobs is not None and token not in self._model.end_tokens:
             self._logprobs.append(self.generation.logprobs)
         if text:
-            self._put(AnswerPart(text=text, logprobs=self._take_logprobs()))
+            self._put(AnswerPart(text=text, token_index=self.generation.tokens, logprobs=self._take_logprobs()))
         return self._text.finished
 
     def _take_logprobs(self) -> tuple[TokenLogprob, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,6 +28,10 @@ class ServeConfig(BaseModel):
     tls_client_ca clients need a certificate that it signed. serve_grpc_port: Serve's own proxy beside it, without TLS.
     fronts: how many there are; one a node.
     tenants: a file of who may call (see tenants.py); None: everybody, as one tenant.
+    sessions: the directory of sessions, a SQLite file or the address of a Redis server; session_ttl_s: how long one is
+    kept after its last call, None: for ever. lease_s: how long others wait for a replica that is gone. slice_s: the
+    longest a call keeps a replica from ending. changed_sessions: what becomes of sessions that were begun with another
+    model, adapter or policy: "refuse" them, or "recompute" their past from their tokens.
     window_bytes: what a client may send beyond what is committed; it bounds what waits when the last byte is sent, and
     so the time to the first token.
     """
@@ -59,6 +63,11 @@ class ServeConfig(BaseModel):
     past_disk_bytes: int | None = Field(default=None, ge=0)
     past_shared: str | None = None
     past_shared_bytes: int | None = Field(default=None, ge=0)
+    sessions: str = Field(default_factory=lambda: str(cache_directory() / "sessions.sqlite"))
+    session_ttl_s: float | None = Field(default=30 * 24 * 3600.0, gt=0)
+    lease_s: float = Field(default=5.0, gt=0)
+    slice_s: float = Field(default=5.0, gt=0)
+    changed_sessions: Literal["refuse", "recompute"] = "refuse"
     attention: str = "auto"
     slots: int = Field(default=8, ge=1)
     max_sessions: int = Field(default=64, ge=1)

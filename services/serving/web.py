@@ -16,7 +16,7 @@ from starlette.routing import Route
 from segcore.errors import InvalidRequest, NotFound, SegcoreError
 from services.serving import openai
 from services.serving.gate import Gate, known_error
-from services.serving.messages import UploadAck
+from services.serving.messages import UploadAck, check_name
 from services.serving.tenants import Tenant
 from services.serving.weberror import body_of, read_body, read_object, response_of
 
@@ -69,6 +69,8 @@ async def server(request: Request, gate: Gate, tenant: Tenant) -> Response:
 async def create_session(request: Request, gate: Gate, tenant: Tenant) -> Response:
     wanted = await read_object(request, {"session_id": str, "model": str})
     name = wanted.get("session_id") or uuid.uuid4().hex
+    check_name("session_id", name)
+    await gate.check_sessions(tenant)
     info = await gate.engine(name).create.remote(tenant.name, name, wanted.get("model", ""))
     return JSONResponse(dataclasses.asdict(info), 201)
 
@@ -88,6 +90,7 @@ async def fork(request: Request, gate: Gate, tenant: Tenant) -> Response:
     name = request.path_params["session_id"]
     new = (await read_object(request, {"session_id": str})).get("session_id") or uuid.uuid4().hex
     check_name("session_id", new)
+    await gate.check_sessions(tenant)
     info = await gate.engine(name).fork.remote(tenant.name, name, new)
     return JSONResponse(dataclasses.asdict(info), 201)
 
