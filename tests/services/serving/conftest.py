@@ -120,6 +120,7 @@ def engine(loop: Loop, model_directory: Path, tmp_path_factory: pytest.TempPathF
         max_session_tokens=4000,
         max_document_bytes=10_000,
         max_data_bytes=4096,
+        window_bytes=1024,
     )
 
     async def make() -> EngineDeployment:
