@@ -1,9 +1,9 @@
 """Whose turn it is. A turn is a chunk of one session's prefill, or one token of every session that decodes.
 
-Decode never waits for more than one chunk, prefill never for more than `decodes_per_chunk` tokens; within each kind
-tenants take turns, and so do the sessions of each. A chunk that is ready thus waits for one chunk of every other
-tenant, and of every other session of its own, however much they have. States live in `slots` on the device: who has
-work takes the slot of one that has none, or that has held it for `slot_steps` turns.
+Decode never waits for more than one chunk, prefill never for more than `decodes_per_chunk` tokens. Within each kind
+tenants take turns, and so do the sessions of each: a chunk that is ready waits for one chunk of every other tenant, and
+of every other session of its own, however much they have. States live in `slots` on the device: who has work takes the
+slot of one that has none, or that has held it for `slot_steps` turns.
 """
 
 from __future__ import annotations
