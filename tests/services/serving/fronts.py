@@ -63,7 +63,7 @@ class Loop:
         self._thread.start()
 
     def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(300)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
