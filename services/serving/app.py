@@ -19,12 +19,15 @@ _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _MAX_ONGOING = 10_000
 
 
-def build(config: ServeConfig) -> serve.Application:
-    """Ingress in front of engines; a session's calls all reach the same engine replica. Raises ConfigError."""
+def build(config: ServeConfig, replicas: int | None = None) -> serve.Application:
+    """Ingress in front of engines; a session's calls all reach the same engine replica. Raises ConfigError.
+
+    replicas: other than the configuration says, to scale a running application.
+    """
     config.engine_config()  # a configuration that can't work fails here, not in a replica
     engine = serve.deployment(
         name="engine",
-        num_replicas=config.replicas,
+        num_replicas=replicas or config.replicas,
         max_ongoing_requests=_MAX_ONGOING,
         ray_actor_options={"num_cpus": 1, "num_gpus": config.gpus_per_replica},
         request_router_config=RequestRouterConfig(
