@@ -29,6 +29,7 @@ QUICK = {
 
 def build(
     config: ServeConfig,
+    replicas: int | None = None,
     *,
     engine: type[Any] = EngineDeployment,
     ingress: type[Ingress] = Front,
@@ -36,7 +37,7 @@ def build(
 ) -> serve.Application:
     """Fronts and engines; a session's calls all reach the same engine replica. Raises ConfigError.
 
-    engine, ingress, quick: others than a service's own are for measurements.
+    replicas: other than the configuration says, to scale a running application. engine, ingress, quick: others than a service's own are for measurements.
     """
     config.engine_config()  # a configuration that can't work fails here, not in a replica
     environment = quick | {"SEGCORE_LOG": "json"}
@@ -45,7 +46,7 @@ def build(
         environment["RAY_SERVE_TRACING_SAMPLING_RATIO"] = str(config.tracing_ratio)
     engines = serve.deployment(
         name="engine",
-        num_replicas=config.replicas,
+        num_replicas=replicas or config.replicas,
         max_ongoing_requests=_MAX_ONGOING,
         ray_actor_options={
             "num_cpus": 1,
