@@ -37,7 +37,8 @@ def build(
 ) -> serve.Application:
     """Fronts and engines; a session's calls all reach the same engine replica. Raises ConfigError.
 
-    replicas: other than the configuration says, to scale a running application. engine, ingress, quick: others than a service's own are for measurements.
+    replicas: other than the configuration says, to scale a running application. engine, ingress, quick: others than a
+    service's own are for measurements.
     """
     config.engine_config()  # a configuration that can't work fails here, not in a replica
     environment = quick | {"SEGCORE_LOG": "json"}
