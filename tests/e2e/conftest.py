@@ -30,6 +30,7 @@ def config(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> S
         grpc_port=0,
         http_port=free_port(),
         serve_grpc_port=free_port(),
+        fronts=2,
         past_directory=tmp_path_factory.mktemp("past-kv"),
         past_shared=str(tmp_path_factory.mktemp("shared")),
         sessions=str(tmp_path_factory.mktemp("sessions") / "sessions.sqlite"),

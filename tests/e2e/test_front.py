@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 import urllib.request
 
 import openai
+import psutil
 import pytest
 import ray
 
@@ -67,3 +70,27 @@ def test_prometheus_finds_our_metrics(address, client, session):
     assert {name for name in wanted if name not in text} == set(), sorted(
         {line.split("{")[0] for line in text.splitlines() if "segcore" in line}
     )
+
+
+def fronts_of(port: int, *states: str) -> set[int]:
+    """The processes that hold a port."""
+    held = psutil.net_connections("tcp")
+    return {c.pid for c in held if c.laddr and c.laddr.port == port and c.status in states and c.pid is not None}
+
+
+def test_a_killed_front_costs_no_token(address, config, client, session):
+    """Two fronts share the port; the one that the client is connected to is killed in the middle of an answer."""
+    client.upload(session, "A text about streams of tokens. " * 20)
+    params = SamplingParams(max_tokens=60, stop=("\u00ff",))
+    twin = client.fork_session(session).session_id
+    expected = "".join(part.text for part in client.generate(twin, "What?", params))
+    client.delete_session(twin)
+    port = int(address.split(":")[1])
+    assert len(fronts_of(port, psutil.CONN_LISTEN)) == 2
+    text = ""
+    for part in client.generate(session, "What?", params):
+        if not text and part.text:
+            for pid in fronts_of(port, psutil.CONN_ESTABLISHED) - {os.getpid()}:
+                os.kill(pid, signal.SIGKILL)
+        text += part.text
+    assert text == expected
