@@ -77,7 +77,6 @@ async function upload(file) {
   const session = current;
   const bytes = new Uint8Array(await file.arrayBuffer());
   if (!crypto.subtle) throw new Error("a browser digests documents over HTTPS, or from localhost, only");
-  const digest = hex(await crypto.subtle.digest("SHA-256", bytes));
   const path = `v1/sessions/${session.id}/documents/d${session.documents.length + 1}`;
   const { window_bytes } = await json("GET", "v1/server");
   const entry = { id: `d${session.documents.length + 1}`, bytes, passages: [] };
@@ -86,20 +85,26 @@ async function upload(file) {
   drawText();
   let offset = 0;
   try {
-    while (offset < bytes.length) {
+    do {
       const piece = bytes.subarray(offset, offset + window_bytes);
       const ack = await json("PUT", `${path}?offset=${offset}`, piece);
       offset = ack.committed_offset;
       progress(session, ack, offset, bytes.length);
-    }
-    const ack = await json("POST", `${path}/finish`, { total_bytes: bytes.length, sha256: digest });
-    progress(session, ack, offset, bytes.length);
+    } while (offset < bytes.length);
+    progress(session, await finish(path, bytes), offset, bytes.length);
     entry.finished = true;
   } catch (error) {
+    // What was taken is a document, too: it ends here, so that the session can go on.
     entry.bytes = bytes.subarray(0, offset);
+    if (offset) await finish(path, entry.bytes).catch(() => {});
     drawText();
     throw error;
   }
+}
+
+async function finish(path, bytes) {
+  const sha256 = hex(await crypto.subtle.digest("SHA-256", bytes));
+  return json("POST", `${path}/finish`, { total_bytes: bytes.length, sha256 });
 }
 
 const hex = (buffer) => Array.from(new Uint8Array(buffer), (byte) => byte.toString(16).padStart(2, "0")).join("");

@@ -66,15 +66,18 @@ async def test_a_document_is_read_asked_about_and_forked(front, document):
         assert tab.complaints == []
 
 
-async def test_what_is_wrong_is_said(front, tmp_path):
+async def test_what_is_wrong_is_said_and_the_session_goes_on(front, tmp_path, document):
     served, binary = front(), tmp_path / "image.png"
-    binary.write_bytes(b"PNG\0\0")
+    binary.write_bytes(b"The first pieces are text. " * 60 + b"PNG\0\0")
     async with chromium() as tab:
         await tab.open(served.http)
         await tab.until("!at('send').disabled")
         await tab.choose_file("#file", binary)
         await tab.until("!at('notice').hidden")
         assert "binary file" in await tab.js("at('notice').textContent")
+        await tab.choose_file("#file", document)
+        await tab.until("current.documents[1]?.finished === true")
+        assert await tab.js("at('notice').hidden")
 
 
 async def test_a_token_is_asked_for_and_kept_for_the_tab(front, tmp_path):
