@@ -55,7 +55,7 @@ def _unary(response: type[Any]) -> Callable[[Any], Any]:
                 _set_status(grpc_context, error)
                 return response()
 
-        return run
+        return _as_itself(run)
 
     return wrap
 
@@ -76,9 +76,15 @@ def _streaming(response: type[Any]) -> Callable[[Any], Any]:
                 _set_status(grpc_context, error)
                 yield response()
 
-        return run
+        return _as_itself(run)
 
     return wrap
+
+
+def _as_itself(run: Any) -> Any:
+    """Serve gives the context to handlers whose signature names it: so it must see the wrapper's, not the handler's."""
+    del run.__wrapped__
+    return run
 
 
 def _set_status(context: RayServegRPCContext, error: Exception) -> None:

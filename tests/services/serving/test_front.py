@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import ipaddress
 import json
 import shutil
@@ -27,6 +28,7 @@ from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
 from segcore.errors import Busy, ConfigError, Unauthenticated
 from services.serving.client import Client
 from services.serving.config import ServeConfig
+from services.serving.ingress import Ingress
 from services.serving.tenants import token_hash
 from services.serving.tls import Certificate
 
@@ -311,3 +313,9 @@ def test_an_answer_that_nobody_reads_ends(plain, engine):
                 time.sleep(0.01)
             assert not answering()
         stubs.SessionServiceStub(channel).DeleteSession(pb.DeleteSessionRequest(session_id="left"), timeout=20)
+
+
+def test_serve_finds_where_to_give_its_context():
+    """Serve's proxy looks for the parameter by name."""
+    for name in pb.DESCRIPTOR.services_by_name["SessionService"].methods_by_name:
+        assert "grpc_context" in inspect.signature(getattr(Ingress, name)).parameters
