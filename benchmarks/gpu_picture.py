@@ -1,4 +1,4 @@
-"""Draw docs/gpu.png from results/raw/gpu.json: peak memory and prefill by the length of the stream. Needs matplotlib."""
+"""Draw docs/gpu.png from results/raw/gpu.json: peak memory and prefill, by the stream's length. Needs matplotlib."""
 
 from __future__ import annotations
 
