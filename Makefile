@@ -1,10 +1,10 @@
 # One word per developer act; CI uses the same words.
-.PHONY: setup redis demo test test-fast test-gpu check format protos lock figures soak up down clean
+.PHONY: setup redis browser demo test test-fast test-gpu check format protos lock figures report-picture soak up down clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
 TORCH := torch==2.13.0
-EXTRAS := serve,train,eval,redis,dev
+EXTRAS := serve,train,eval,lm-eval,redis,dev
 BIN := .venv/bin
 UV := $(BIN)/uv pip
 # One OpenMP thread in tests: spinning barriers on a shared machine cost more than they bring.
@@ -32,13 +32,20 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/python examples/demo.py $(if $(DOC),--document "$(DOC)") $(if $(QUESTION),--question "$(QUESTION)")
 
-# Tests talk to a real Redis server, from the system's packages.
+# From the system's packages: a real Redis server, and a browser to look at reports; without the latter its tests are
+# skipped, and say so.
+APT_INSTALL = $$(test $$(id -u) = 0 || echo sudo -n) sh -c \
+  'apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(1) >/dev/null'
+
 redis:
-	@command -v redis-server >/dev/null || $$(test $$(id -u) = 0 || echo sudo -n) sh -c \
-	  'apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y redis-server >/dev/null' || \
+	@command -v redis-server >/dev/null || $(call APT_INSTALL,redis-server) || \
 	  { echo "install redis-server, for the tests of the Redis tier"; exit 1; }
 
-test: setup redis
+browser:
+	@command -v chromium >/dev/null || $(call APT_INSTALL,chromium) || \
+	  echo "WARNING: no chromium, so nobody looks at the evaluation's report"
+
+test: setup redis browser
 	$(TEST_ENV) $(BIN)/pytest
 
 test-fast: setup redis
@@ -64,7 +71,7 @@ protos: setup
 # The pins of everything but torch's own CUDA libraries, which come with the torch build that pip chose.
 lock: .venv/.ready
 	echo "$(TORCH)" | $(UV) compile --quiet --python $(BIN)/python --no-annotate --no-header --upgrade -c /dev/stdin \
-	  $(addprefix --extra ,serve train eval redis dev) pyproject.toml | grep -vE '^(nvidia-|triton|cuda-)' > constraints.txt
+	  $(addprefix --extra ,serve train eval lm-eval redis dev) pyproject.toml | grep -vE '^(nvidia-|triton|cuda-)' > constraints.txt
 
 # Twenty minutes of load while replicas are killed and scaled; prints what was lost.
 soak: setup
@@ -73,6 +80,12 @@ soak: setup
 # Every benchmark's figures beside their targets.
 figures: setup
 	$(BIN)/python benchmarks/figures.py
+
+# The report in docs/, looked at: of the latest run of the example.
+report-picture: setup browser
+	$(BIN)/segcore eval examples/eval-smoke.yaml
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,1560 \
+	  --screenshot=docs/eval-report.png "file://$(CURDIR)/$$(ls -td evaluations/eval-smoke-*/ | head -1)report.html"
 
 # A service in the background, on the default ports.
 up: setup

@@ -425,6 +425,7 @@ def main() -> None:
 def alone(measure: Callable[..., T], *args: Any) -> T:
     """Measure, and let go of what it took on the GPU."""
     found = measure(*args)
+    torch._dynamo.reset()  # its limit on what it compiles is for a process
     gc.collect()
     torch.cuda.empty_cache()
     return found

@@ -331,16 +331,12 @@ def _lagged(count: int, config: LagKVConfig) -> _Cells:
 
 
 def _retrieving(spec: ModelSpec, config: RetrievalConfig) -> list[_Cells]:
-    """Readers, local cells, and cells that see their segment alone; all have room for the longest prefix."""
-    every, room = spec.layers * spec.kv_heads, config.prefix_tokens
+    """Readers, local cells, and cells that see their segment alone."""
+    every = spec.layers * spec.kv_heads
     readers, local = _readers(spec, config), _local(spec, config)
     tail = config.tail_tokens if isinstance(config, SegmentedConfig) else config.reader_tail_tokens
     read = config.sink_tokens + config.retrieved_tokens + config.reader_tail_tokens
-    return [
-        _Cells(count=readers, see=lambda closed: min(closed, read), room=room),
-        _Cells(count=local, see=lambda closed: min(closed, config.sink_tokens + tail), room=room),
-        _Cells(count=every - readers - local, see=lambda closed: 0, room=room),
-    ]
+    return [_sparse(readers, read), _sparse(local, config.sink_tokens + tail), _sparse(every - readers - local, 0)]
 
 
 def _readers(spec: ModelSpec, config: SegmentConfig) -> int:

@@ -16,6 +16,7 @@ import weakref
 from bisect import bisect_right
 from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from operator import itemgetter
 
 import torch
@@ -91,7 +92,7 @@ class PinnedMemory:
 
 
 class _Slab:
-    """Memory that is mapped, touched and registered, for as long as the process lives. Raises MemoryError."""
+    """Memory that is mapped, touched and registered, for as long as somebody holds it. Raises MemoryError."""
 
     def __init__(self, size: int) -> None:
         self.size = -(-size // _HUGE_PAGE) * _HUGE_PAGE
@@ -104,9 +105,16 @@ class _Slab:
         with ThreadPoolExecutor(_TOUCHING, thread_name_prefix="segcore-touch") as threads:
             for at in range(0, self.size, part):
                 threads.submit(ctypes.memset, self.address + at, 0, min(part, self.size - at))
-        code = torch.cuda.cudart().cudaHostRegister(self.address, self.size, 0)
-        if int(code) != 0:
-            raise MemoryError(f"{self.size} bytes of host memory can't be pinned: {code}")
+        code = int(torch.cuda.cudart().cudaHostRegister(self.address, self.size, 0))
+        self._registered = code == 0
+        if not self._registered:
+            with suppress(RuntimeError):  # it tells whoever uses the device next
+                torch.zeros(1, device="cuda")
+            raise MemoryError(f"{self.size} bytes of host memory can't be pinned: CUDA error {code}")
+
+    def __del__(self) -> None:
+        if getattr(self, "_registered", False):
+            torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
 def within_reach(tensor: Tensor) -> bool:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segcore.errors import SegcoreError
+from segcore.errors import ConfigError, SegcoreError
 from segcore.presets import DEFAULT_MODEL
 from segcore.sampling import SamplingParams
 
@@ -99,13 +99,28 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "eval",
         help="score models and policies on long-context tasks, and report",
         description=(
-            "segcore eval CONFIG.yaml runs an evaluation, or goes on with it; report FOLDER writes a run's report"
-            " again; compare FOLDER FOLDER sets two runs side by side."
+            "segcore eval CONFIG.yaml runs an evaluation, or goes on with it: here, or as a job of a Ray cluster;"
+            " report FOLDER writes a run's report again; compare FOLDER FOLDER sets two runs side by side; follow JOB,"
+            " stop JOB and list see to jobs."
         ),
     )
-    evaluation.add_argument("words", metavar="CONFIG.yaml | report | compare", nargs="+")
-    evaluation.add_argument("--address", help="a Ray cluster's: auto, or ray://HOST:10001; default: one of its own")
+    evaluation.add_argument("words", metavar="CONFIG.yaml | report | compare | follow | stop | list", nargs="+")
+    evaluation.add_argument(
+        "--address",
+        help="a Ray cluster: its dashboard's, http://HOST:8265, for a job; auto or ray://HOST:10001 to work on it from"
+        " here; default: a Ray of its own",
+    )
+    evaluation.add_argument("--detach", action="store_true", help="submit, and don't follow")
     evaluation.set_defaults(run=_eval)
+
+    harness = commands.add_parser(
+        "lm-eval",
+        help="EleutherAI's lm-evaluation-harness, with this engine as its model segcore",
+        prefix_chars=chr(0),
+        add_help=False,
+    )
+    harness.add_argument("words", nargs=argparse.REMAINDER)
+    harness.set_defaults(run=_lm_eval)
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -195,7 +210,15 @@ def _memory(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     from services.evaluation.command import run_eval
 
-    return run_eval(options.words, options.address)
+    return run_eval(options.words, options.address, detach=options.detach)
+
+
+def _lm_eval(options: argparse.Namespace) -> int:
+    try:
+        from services.evaluation.harness import main as harness
+    except ImportError as error:
+        raise ConfigError("lm-evaluation-harness isn't installed: pip install 'segcore[lm-eval]'") from error
+    return harness(options.words)
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -59,11 +59,11 @@ def test_ray_is_named_by_few():
     users = {name_of(p) for p in SOURCES if "ray" in tops(p)}
     assert users == {
         "services/evaluation/run.py",
+        "services/jobs.py",
         "services/serving/app.py",
         "services/serving/engines.py",
         "services/serving/ingress.py",
         "services/serving/local.py",
-        "services/training/jobs.py",
         "services/training/train.py",
     }
 

@@ -65,7 +65,7 @@ class _Whole:
     def __init__(self, model: CausalLM, policy: RetrievingPolicy[Any], attention: Attention, pool: Any) -> None:
         self._model, self._policy, self._attention, self._pool = model, policy, attention, pool
         spec, tokens, first = model.spec, policy.config.segment_tokens, policy.windows(0)[0]
-        self._prefix = first.base
+        self._prefix = policy.config.prefix_tokens
         # A graph knows the table by its address: all of it, and held on to.
         model.rope.reserve(first.position + tokens)
         cos_ND, sin_ND = (x.contiguous() for x in model.rope.table)

@@ -65,12 +65,13 @@ class SessionPast:
         return self.segments % self._manager.boundary_segments == 0
 
     def complete(self, boundary: dict[str, Tensor]) -> None:
-        """The last segment is closed: its block is whole, and goes to the lower tiers. It is copied.
+        """The last segment is closed: its block is whole, and goes to the lower tiers.
 
-        boundary: empty for a block that holds none.
+        boundary: empty for a block that holds none. It is copied; on a GPU later, so nobody may write to it.
         """
         boundary = boundary or {_NO_BOUNDARY: torch.zeros(1, dtype=torch.int8)}
-        self._manager.complete(self.last_key, {name: tensor.detach().clone() for name, tensor in boundary.items()})
+        kept = {name: t.detach() if t.is_cuda else t.detach().clone() for name, t in boundary.items()}
+        self._manager.complete(self.last_key, kept)
 
     @property
     def in_memory(self) -> bool:

@@ -95,14 +95,14 @@ class RetrievingPolicy(Policy[C]):
         groups: dict[tuple[int, int], list[int]] = {}
         for head in others:
             groups.setdefault(self.seen_by_others(Cell(layer, head)), []).append(head)
-        rows = self.config.prefix_tokens
         # On a GPU a segment that is passed whole never stands in its window.
         room = 0 if self.like.is_cuda else self.config.segment_tokens
-        return [
-            self._window(heads, prefix=rows, position=rows, segment=room)
-            for heads in (reading, *groups.values())
-            if heads
-        ]
+        made = []
+        for heads in (reading, *groups.values()):
+            if heads:
+                rows = sum(self._full_prefix(Cell(layer, heads[0])))
+                made.append(self._window(heads, prefix=rows, position=self.config.prefix_tokens, segment=room))
+        return made
 
     def close(self, state: State, past: SessionPast) -> None:
         # A segment that runs again is in past KV already.
@@ -165,8 +165,7 @@ class RetrievingPolicy(Policy[C]):
 
     def prefix_of(self, layer: int, window: Window) -> tuple[int, int, int]:
         """Sinks, retrieved tokens and tail of a prefix that has them all."""
-        sinks, tail = self._sees(layer, window)
-        return sinks, self.config.retrieved_tokens if self._reads(layer, window) else 0, tail
+        return self._full_prefix(Cell(layer, window.heads[0]))
 
     def column(self, cell: Cell) -> int:
         """A cell's number among past KV's; -1 if it doesn't read."""
@@ -199,9 +198,14 @@ class RetrievingPolicy(Policy[C]):
         return Cell(layer, window.heads[0]) in self._column
 
     def _sees(self, layer: int, window: Window) -> tuple[int, int]:
-        if self._reads(layer, window):
-            return self.config.sink_tokens, self.config.reader_tail_tokens
-        return self.seen_by_others(Cell(layer, window.heads[0]))
+        sinks, _, tail = self.prefix_of(layer, window)
+        return sinks, tail
+
+    def _full_prefix(self, cell: Cell) -> tuple[int, int, int]:
+        if cell in self._column:
+            return self.config.sink_tokens, self.config.retrieved_tokens, self.config.reader_tail_tokens
+        sinks, tail = self.seen_by_others(cell)
+        return sinks, 0, tail
 
     @torch.no_grad()
     def _kv(self, state: State) -> Tensor:

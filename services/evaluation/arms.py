@@ -11,7 +11,6 @@ import torch
 
 from segcore.config import CacheConfig, EngineConfig, SegmentConfig
 from segcore.engine.engine import Engine
-from segcore.engine.request import Generation
 from segcore.errors import LimitExceeded
 from segcore.reading import token_losses
 from segcore.sampling import SamplingParams
@@ -20,6 +19,7 @@ from segcore.text import AnswerText
 from segcore.turns import Conversation
 from segcore.weights import LoadedModel
 from services.evaluation.config import Lead
+from services.evaluation.generation import generate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,7 @@ class EngineArm:
         # Nothing is taken over from earlier items: each is prefilled, and timed.
         cache = CacheConfig(host_bytes=past_bytes, reuse=False)
         self._model, self._segment, self._past_bytes = model, segment, past_bytes
+        self._device = model.lm.spec.device
         self._engine = Engine(model.lm, model.identified(EngineConfig(segment=segment, cache=cache, slots=2)))
 
     def close(self) -> None:
@@ -88,6 +89,8 @@ class EngineArm:
                 f"{longest} tokens, and the policy runs {self._engine.max_stream_tokens} at most",
                 max_tokens=self._engine.max_stream_tokens,
             )
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)  # peaks are those of this item
         self._engine.open(session)
         try:
             began = time.monotonic()
@@ -103,42 +106,31 @@ class EngineArm:
     ) -> Answer:
         session, engine = f"{document}-{turn}", self._engine
         before, after = stream.question(stream.item.turns[turn], lead)
+        text = AnswerText(self._model.tokenizer, self._model.end_tokens, ())
         engine.fork(document, session)
         try:
-            began = time.monotonic()
-            engine.append(session, before)
-            engine.mark(session)
-            engine.append(session, after)
-            engine.flush(session).result()
-            seen = engine.retrieved(session)
-            text = AnswerText(self._model.tokenizer, self._model.end_tokens, ())
-            parts, times = [], [began]
-
-            def on_token(token: int) -> bool:
-                times.append(time.monotonic())
-                parts.append(text.push(token))
-                return text.finished
-
-            generation = Generation(SamplingParams(max_tokens=max_tokens), on_token)
-            engine.generate(session, generation)
-            generation.done.result()
+            made = generate(engine, session, before, after, SamplingParams(max_tokens=max_tokens), text)
             stats = engine.stats()
-            length = len(stream.document) + len(before) + len(after)
-            return Answer(
-                text="".join(parts) + text.flush(),
-                prompt_tokens=length,
-                answer_tokens=generation.tokens,
-                prefill_s=prefill_s,
-                first_token_s=times[1] - began,
-                answer_s=times[-1] - times[1],
-                device_bytes=_peak_bytes(self._model, stats.engine_bytes),
-                past_bytes=sum(stats.past_bytes.values()),
-                recall=stream.recall(turn, seen, self._visible(length)),
-                retrieved=stream.texts(seen),
-                truncated=stream.truncated,
-            )
         finally:
             engine.close(session)
+        length = len(stream.document) + len(before) + len(after)
+        return Answer(
+            text=made.text,
+            prompt_tokens=length,
+            answer_tokens=made.tokens,
+            prefill_s=prefill_s,
+            first_token_s=made.first_token_s,
+            answer_s=made.answer_s,
+            device_bytes=self._peak_bytes(stats.engine_bytes),
+            past_bytes=sum(stats.past_bytes.values()),
+            recall=stream.recall(turn, made.retrieved, self._visible(length)),
+            retrieved=stream.texts(made.retrieved),
+            truncated=stream.truncated,
+        )
+
+    def _peak_bytes(self, now: int) -> int:
+        """On a GPU, of the item so far; elsewhere what the engine holds now."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else now
 
     def _visible(self, length: int) -> range | None:
         """Tokens that reading cells see beside sinks and what was retrieved; None where cells see different things."""
@@ -198,11 +190,6 @@ class _Stream:
                 runs.append([token])
         decode, last = self._model.tokenizer.tokenizer.backend_tokenizer.decode, len(self.document)
         return [decode(self.document[run[0] : run[-1] + 1]) for run in runs if run[0] < last]
-
-
-def _peak_bytes(model: LoadedModel, engine_bytes: int) -> int:
-    device = model.lm.spec.device
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else engine_bytes
 
 
 def as_record(answer: Answer) -> dict[str, Any]:

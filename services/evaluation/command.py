@@ -1,4 +1,4 @@
-"""`segcore eval`: run an evaluation with a progress bar, write its report; compare two runs."""
+"""`segcore eval`: run an evaluation here or as a job, see to jobs, write reports, compare runs."""
 
 from __future__ import annotations
 
@@ -6,35 +6,50 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from segcore.errors import InvalidRequest
 from services.evaluation.config import EvalConfig
+from services.evaluation.job import Jobs
 from services.evaluation.report import write_report
 from services.evaluation.run import evaluate
-from services.evaluation.summary import Interval, Summary, difference
+from services.evaluation.summary import Summary
+from services.evaluation.tables import compared, scores
+
+# What takes so many words after it; anything else is a configuration.
+ACTS = {"report": 1, "compare": 2, "follow": 1, "stop": 1, "list": 0}
 
 
-def run_eval(words: list[str], address: str | None) -> int:
-    """CONFIG.yaml, `report FOLDER`, or `compare A B`. Raises SegcoreError."""
-    if words[0] == "compare":
-        if len(words) != 3:
-            raise InvalidRequest("segcore eval compare takes two runs' folders")
-        Console().print(compared(Summary.read(Path(words[1])), Summary.read(Path(words[2]))))
-    elif words[0] == "report":
-        for folder in words[1:]:
-            print(write_report(Path(folder)))
-    elif len(words) != 1:
-        raise InvalidRequest("segcore eval takes one configuration, or: report FOLDER, compare A B")
-    else:
-        _run(EvalConfig.read(Path(words[0])), address)
+def run_eval(words: list[str], address: str | None, *, detach: bool) -> int:
+    """Returns the exit status. Raises SegcoreError."""
+    act, *rest = words if words[0] in ACTS else ("start", *words)
+    if len(rest) != ACTS.get(act, 1):
+        raise InvalidRequest(f"`segcore eval {' '.join(words)}`: see `segcore eval --help`")
+    console = Console()
+    match act:
+        case "report":
+            print(write_report(Path(rest[0])))
+        case "compare":
+            console.print(compared(*(Summary.read(Path(folder)) for folder in rest)))
+        case "start" if not (address or "").startswith("http"):
+            if detach:
+                raise InvalidRequest("--detach is for jobs: give --address http://... of a cluster")
+            _run(EvalConfig.read(Path(rest[0])), address, console)
+        case "start":
+            return _submit(EvalConfig.read(Path(rest[0])), Jobs(address), console, detach=detach)
+        case _:
+            return Jobs(address).see_to(act, rest, console)
     return 0
 
 
-def _run(config: EvalConfig, address: str | None) -> None:
-    console = Console(stderr=True)
+def _submit(config: EvalConfig, jobs: Jobs, console: Console, *, detach: bool) -> int:
+    job = jobs.submit(config)
+    console.print(f"submitted {job}", highlight=False)
+    return 0 if detach else jobs.see_to("follow", [job], console)
+
+
+def _run(config: EvalConfig, address: str | None, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("starting", total=None)
         folder = evaluate(
             config,
@@ -46,42 +61,3 @@ def _run(config: EvalConfig, address: str | None) -> None:
     page = write_report(folder)
     console.print(scores(Summary.read(folder)))
     print(page)
-
-
-def scores(summary: Summary) -> Table:
-    """Scores by task, length and arm."""
-    counts = summary.counts
-    out = Table(box=None, padding=(0, 2), caption=", ".join(f"{n} {what}" for what, n in counts.items()))
-    for name in ("task", "tokens", *summary.arms):
-        out.add_column(name, justify="left" if name == "task" else "right")
-    for task in summary.tasks:
-        for length in summary.lengths(task):
-            found = [summary.score(task=task, length=length, arm=arm) for arm in summary.arms]
-            out.add_row(task, f"{length:,}" if length else "any", *map(_told, found))
-    return out
-
-
-def compared(first: Summary, second: Summary) -> Table:
-    """Arms of the same name in two runs, on the cases that both have."""
-    out = Table(box=None, padding=(0, 2), caption="second less first, on the same items, with its 95% interval")
-    for name in ("task", "tokens", "arm", first.config.run_id, second.config.run_id, "difference"):
-        out.add_column(name, justify="left" if name in ("task", "arm") else "right")
-    rows = 0
-    for task in [task for task in first.tasks if task in second.tasks]:
-        for length in [n for n in first.lengths(task) if n in second.lengths(task)]:
-            for arm in [arm for arm in first.arms if arm in second.arms]:
-                wanted = {"task": task, "length": length, "arm": arm}
-                gain = difference(second.of(**wanted), first.of(**wanted))
-                both = (_told(run.score(**wanted)) for run in (first, second))
-                out.add_row(task, f"{length:,}", arm, *both, _told(gain, sign="+"))
-                rows += 1
-    if not rows:
-        raise InvalidRequest("the two runs have no task, length and arm in common")
-    return out
-
-
-def _told(score: Interval | None, sign: str = "") -> str:
-    if score is None:
-        return "–"
-    mean, low, high = (format(100 * value, f"{sign}.1f") for value in score[:3])
-    return f"{mean} [dim]({low} to {high}, n {score.items})[/dim]"

@@ -14,6 +14,7 @@ from segcore.config import GIB, SegmentConfig
 from segcore.errors import ConfigError
 from segcore.presets import DEFAULT_MODEL, model_segment
 from services.config_file import read_config
+from services.evaluation.version import code_digest
 
 # What doesn't change a result, and may differ when a run is taken up again.
 FREE = ("storage", "workers", "baseline")
@@ -21,11 +22,21 @@ FREE = ("storage", "workers", "baseline")
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
     """Relative paths are relative to the file that names them."""
-    folder: Path = (info.context or {}).get("folder", Path.cwd())
-    return folder / path.expanduser()
+    path = path.expanduser()
+    if path.is_absolute():  # Ray takes a job's folder away while it still ends
+        return path
+    folder: Path = (info.context or {}).get("folder") or Path.cwd()
+    return folder / path
+
+
+def _if_there(name: str, info: ValidationInfo) -> str:
+    """Names of paths that are there, beside the file, become absolute; whatever else has a name keeps it."""
+    path = _beside_the_file(Path(name), info)
+    return str(path) if {"/", "."} & set(name) and path.exists() else name
 
 
 Where = Annotated[Path, AfterValidator(_beside_the_file)]
+Named = Annotated[str, AfterValidator(_if_there)]
 Lead = Literal["none", "question", "answer"]
 
 
@@ -39,7 +50,8 @@ class TaskSection(Section):
     """A task, and how much of it. What else is given are options of the task.
 
     label: what reports call it; None: the task's name. lengths: tokens of an item, answer included. depths: where what
-    is asked for stands, a cell of the grid each; empty: anywhere. items: in each cell. max_tokens: of an answer.
+    is asked for stands, a cell of the grid each; empty: anywhere. items: in each cell, default 8; of a file of data,
+    default all. max_tokens: of an answer; default 48, or the benchmark's. data: a file of them, for tasks that have it.
     lead: the answer's beginning, where a task has one, is put at the end of the question, or written as the answer's
     beginning, which engines alone can do.
     """
@@ -50,9 +62,16 @@ class TaskSection(Section):
     label: str | None = None
     lengths: tuple[Annotated[int, Field(ge=1)], ...] = ()
     depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
-    items: int = Field(default=8, ge=1)
-    max_tokens: int = Field(default=48, ge=1)
+    items: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     lead: Lead = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_data(cls, given: Any, info: ValidationInfo) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("data"), str):
+            return given | {"data": _if_there(given["data"], info)}
+        return given
 
     @property
     def name(self) -> str:
@@ -74,7 +93,7 @@ class ArmSection(Section):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]*$")
-    model: str | None = None
+    model: Named | None = None
     adapter: Where | None = None
     segment: dict[str, Any] = {}
     preset: Literal["default", "paper"] = "default"
@@ -90,9 +109,10 @@ class ArmSection(Section):
     def _one_kind(self) -> ArmSection:
         if self.service and self.url:
             raise ValueError("an arm is an engine, a service or a url")
-        own = {"model", "adapter", "segment", "preset", "heads", "dtype"} & self.model_fields_set
-        if not self.local and own:
-            raise ValueError(f"{', '.join(sorted(own))}: the service's own choice")
+        ours = ("adapter", "dtype", "heads", "model", "preset", "segment")
+        chosen = [name for name in ours if getattr(self, name) != type(self).model_fields[name].default]
+        if not self.local and chosen:
+            raise ValueError(f"{', '.join(chosen)}: the service's own choice")
         if (self.url is None) != (self.served_model is None):
             raise ValueError("url and served_model go together")
         return self
@@ -129,9 +149,9 @@ class EvalConfig(Section):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    model: str = DEFAULT_MODEL
-    tokenizer: str | None = None
-    haystack: str = "python"
+    model: Named = DEFAULT_MODEL
+    tokenizer: Named | None = None
+    haystack: Named = "python"
     haystack_part: Literal["eval", "all"] = "eval"
     seed: int = 0
     tasks: tuple[TaskSection, ...] = Field(min_length=1)
@@ -170,10 +190,15 @@ class EvalConfig(Section):
         """Read a YAML file. Raises ConfigError that tells each fault with its line."""
         return read_config(path, cls)
 
+    def to_json(self) -> str:
+        """What was set, with paths absolute, for another process; `model_validate_json` reads it."""
+        return self.model_copy(update={"storage": self.storage}).model_dump_json(exclude_unset=True)
+
     @property
     def digest(self) -> str:
-        """A hash of everything that results depend on."""
+        """A hash of everything that results depend on, the code that makes items and judges answers included."""
         parts = {name: value for name, value in self.model_dump(mode="json").items() if name not in FREE}
+        parts["code"] = code_digest()
         return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=5).hexdigest()
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from segcore.errors import ConfigError
+from services.evaluation.measures import SHARE
 from services.evaluation.summary import FIGURES, Interval, Summary
 
 COLOURS = ("#1b5e8c", "#d1495b", "#3f7d20", "#8e5aa8", "#b5830f", "#4d5663", "#00798c", "#a23b16")
@@ -21,14 +22,16 @@ def colour(summary: Summary, arm: str) -> str:
 def curves(summary: Summary, task: str) -> str:
     """Scores by length, with their intervals."""
     figure, axes = _figure(4.6, 2.7)
-    lengths = summary.lengths(task)
+    lengths, measure = summary.lengths(task), summary.measure(task)
     for i, arm in enumerate(summary.arms):
         found = [(n, s) for n in lengths if (s := summary.score(task=task, length=n, arm=arm)) is not None]
         if found:
-            _with_intervals(axes, found, i, len(summary.arms), arm, colour(summary, arm))
+            shown = [(n, [measure.value(value) for value in score[:3]]) for n, score in found]
+            _with_intervals(axes, shown, i, len(summary.arms), arm, colour(summary, arm))
     _lengths(axes, lengths)
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_ylabel("score", fontsize=8)
+    if measure is SHARE:
+        axes.set_ylim(-3, 103)
+    axes.set_ylabel("score, percent" if measure is SHARE else f"{measure.name}, lower is better", fontsize=8)
     axes.legend(fontsize=7, frameon=False, loc="best")
     return _svg(figure)
 
@@ -78,7 +81,7 @@ def positions(summary: Summary, task: str) -> str | None:
 def costs(summary: Summary, name: str) -> str | None:
     """One of the figures by length; None if no arm has it."""
     (figure, axes), (unit, scale) = _figure(3.6, 2.3), FIGURES[name]
-    lengths = sorted({n for task in summary.tasks for n in summary.lengths(task)})
+    lengths = summary.all_lengths
     drawn = False
     for arm in summary.arms:
         found = [(n, v) for n in lengths if (v := summary.figure(name, length=n, arm=arm)) is not None]
@@ -97,12 +100,13 @@ def costs(summary: Summary, name: str) -> str | None:
 
 
 def _with_intervals(
-    axes: Any, found: Sequence[tuple[int, Interval]], i: int, arms: int, label: str, colour: str
+    axes: Any, found: Sequence[tuple[int, Sequence[float]]], i: int, arms: int, label: str, colour: str
 ) -> None:
-    """Points a little apart, so that arms that are equal can be told apart."""
+    """found: a mean and its interval's ends by length. Points lie a little apart, so that arms that are equal can be
+    told apart."""
     at = [length * 1.02 ** (i - (arms - 1) / 2) for length, _ in found]
-    means = [score.mean for _, score in found]
-    around = [[s.mean - s.low for _, s in found], [s.high - s.mean for _, s in found]]
+    means, lows, highs = zip(*(values for _, values in found), strict=True)
+    around = [np.subtract(means, lows), np.subtract(highs, means)]
     axes.errorbar(at, means, yerr=around, marker="o", markersize=3, capsize=2, lw=1.4, color=colour, label=label)
 
 

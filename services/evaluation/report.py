@@ -8,12 +8,15 @@ from html import escape
 from pathlib import Path
 
 from services.evaluation import pictures
+from services.evaluation.measures import Measure
 from services.evaluation.results import Result
 from services.evaluation.summary import FIGURES, Interval, Summary, difference
+from services.evaluation.tables import length_told
 
 # Failures that are shown of each task and arm.
 SHOWN = 3
 _TITLES = {
+    "prefill_s": "Prefill time",
     "prefill_tokens_per_s": "Prefill speed",
     "first_token_s": "Time to first token",
     "answer_tokens_per_s": "Decode speed",
@@ -70,7 +73,7 @@ def _head(summary: Summary) -> str:
         warning = f'<p class="warn">{cut} documents were cut in their middle to fit; their scores count.</p>'
     return (
         f"<h1>{escape(summary.config.name)}</h1>"
-        f'<p class="soft">run {escape(summary.config.run_id)} · model {escape(summary.config.model)} · seed'
+        f'<p class="soft">run {escape(summary.run_id)} · model {escape(summary.config.model)} · seed'
         f" {summary.config.seed} · answers: {told}</p>{warning}"
     )
 
@@ -79,14 +82,14 @@ def _overview(summary: Summary) -> str:
     """A row for each task and length, a column for each arm."""
     heads = "".join(f"<th>{escape(arm)}</th>" for arm in summary.arms)
     rows = [
-        f"<tr><td>{escape(task)}</td><td>{length or 'any':}</td>{_cells(summary, task, length)}</tr>"
+        f"<tr><td>{escape(task)}</td><td>{length_told(length)}</td>{_cells(summary, task, length)}</tr>"
         for task in summary.tasks
         for length in summary.lengths(task)
     ]
     note = (
-        "Mean score with its 95% bootstrap interval, in percent, over n items. Marked: better than every other arm on"
-        " the same items, as far as intervals of the paired differences say so. In brackets: difference from"
-        f" {escape(summary.config.baseline_arm)}."
+        "Mean score with its 95% bootstrap interval, in percent, over n items; perplexity as it is, and lower is"
+        " better. Marked: better than every other arm on the same items, as far as intervals of the paired differences"
+        f" say so. In brackets: difference from {escape(summary.config.baseline_arm)}; of perplexities, as its share."
     )
     return (
         f'<h2>Scores</h2><table><tr><th class="text">task</th><th>tokens</th>{heads}</tr>{"".join(rows)}</table>'
@@ -95,15 +98,14 @@ def _overview(summary: Summary) -> str:
 
 
 def _cells(summary: Summary, task: str, length: int) -> str:
-    best, baseline = summary.best(task=task, length=length), summary.config.baseline_arm
+    best, baseline, measure = summary.best(task, length=length), summary.config.baseline_arm, summary.measure(task)
     base = summary.of(task=task, length=length, arm=baseline)
     out = []
     for arm in summary.arms:
-        own = summary.of(task=task, length=length, arm=arm)
-        score, read = summary.score(task=task, length=length, arm=arm), bool(summary.perplexities(task, arm))
-        words = [_perplexity(score) if read else _score(score)]
-        if arm != baseline and not read and (gain := difference(own, base)) is not None:
-            mean, low, high = (f"{100 * value:+.0f}" for value in gain[:3])
+        words = [_score(measure, summary.score(task=task, length=length, arm=arm))]
+        gain = difference(summary.of(task=task, length=length, arm=arm), base)
+        if arm != baseline and gain is not None:
+            mean, low, high = map(measure.told_change, gain[:3])
             words.append(f"<small>[{mean}: {low} to {high}]</small>")
         failed = summary.failures(task=task, length=length, arm=arm)
         words += [f"<small>{count} × {escape(kind)}</small>" for kind, count in failed.items()]
@@ -111,22 +113,19 @@ def _cells(summary: Summary, task: str, length: int) -> str:
     return "".join(out)
 
 
-def _score(score: Interval | None) -> str:
+def _score(measure: Measure, score: Interval | None) -> str:
     if score is None:
         return "–"
-    return f"{100 * score.mean:.1f} <small>{100 * score.low:.0f}–{100 * score.high:.0f}, n {score.items}</small>"
-
-
-def _perplexity(score: Interval | None) -> str:
-    if score is None:
-        return "–"
-    return f"perplexity {1 / score.mean:.2f} <small>{1 / score.high:.2f}–{1 / score.low:.2f}, n {score.items}</small>"
+    mean, low, high = map(measure.told, score[:3])
+    return f"{mean} <small>{low}–{high}, n {score.items}</small>"
 
 
 def _task(summary: Summary, task: str) -> str:
     figures = []
     if len(summary.lengths(task)) > 1:
-        figures.append(_figure_of(pictures.curves(summary, task), "score by length, 95% intervals"))
+        figures.append(
+            _figure_of(pictures.curves(summary, task), f"{summary.measure(task).name} by length, 95% intervals")
+        )
     if len(summary.depths(task)) > 1:
         figures.append(_figure_of(pictures.grid(summary, task), "score by length and depth, in percent"))
     if (by_position := pictures.positions(summary, task)) is not None:
@@ -150,7 +149,30 @@ def _agreement(summary: Summary, task: str) -> str:
 def _costs(summary: Summary) -> str:
     drawn = [(name, pictures.costs(summary, name)) for name in FIGURES]
     figures = [_figure_of(picture, _TITLES[name]) for name, picture in drawn if picture is not None]
-    return f"<h2>Time, memory, recall</h2>{''.join(figures)}" if figures else ""
+    if not figures:
+        return ""
+    known = [name for name, picture in drawn if picture is not None]
+    return f"<h2>Time, memory, recall</h2>{_cost_table(summary, known)}{''.join(figures)}"
+
+
+def _cost_table(summary: Summary, names: list[str]) -> str:
+    """A row for each length and arm, a column for each of the figures."""
+    heads = "".join(f"<th>{_TITLES[name]}<br><small>{FIGURES[name][0]}</small></th>" for name in names)
+    rows = []
+    for length in summary.all_lengths:
+        for arm in summary.arms:
+            values = [summary.figure(name, length=length, arm=arm) for name in names]
+            if any(value is not None for value in values):
+                cells = "".join(f"<td>{_figure(name, value)}</td>" for name, value in zip(names, values, strict=True))
+                rows.append(f'<tr><td>{length_told(length)}</td><td class="text">{escape(arm)}</td>{cells}</tr>')
+    return f'<table><tr><th>tokens</th><th class="text">arm</th>{heads}</tr>{"".join(rows)}</table>'
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    shown = value / FIGURES[name][1]
+    return f"{shown:,.0f}" if shown >= 100 else f"{shown:.2f}"
 
 
 def _figure_of(svg: str, caption: str) -> str:
@@ -173,7 +195,7 @@ def _examples(summary: Summary) -> str:
 
 
 def _example(result: Result) -> str:
-    turn = next(turn for turn in result["turns"] if turn["scores"]["match"] < 1 or len(result["turns"]) == 1)
+    turn = next(turn for turn in result["turns"] if turn["score"] < 1)
     texts = [("question", turn["question"][-400:]), ("expected", "; ".join(turn["expected"])), ("answer", turn["text"])]
     texts += [("needed", "\n".join(turn["needed"][:3]))] if turn["needed"] else []
     if turn.get("retrieved"):

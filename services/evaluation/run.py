@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from segcore.errors import ConfigError, SegcoreError
+from segcore.errors import ConfigError, SegcoreError, Unavailable
 from services.evaluation.config import EvalConfig
 from services.evaluation.results import Key, Result, ResultFile
 from services.evaluation.tasks.base import Case, Suite
 from services.evaluation.tasks.registry import open_suites
+from services.evaluation.version import code_digest
 from services.local_ray import prepare_ray
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
@@ -75,7 +76,13 @@ def evaluate(config: EvalConfig, *, address: str | None = None, on_result: OnRes
 def check_settings(plan: Plan) -> None:
     """Write a run's settings, or compare with those that are there. Raises ConfigError if its data have changed."""
     path = plan.config.folder / SETTINGS
-    settings = {"config": plan.config.model_dump(mode="json"), "data": plan.data, "run": plan.config.run_id}
+    settings = {
+        "run": plan.config.run_id,
+        "code": code_digest(),
+        "planned": len(plan.keys),
+        "data": plan.data,
+        "config": plan.config.model_dump(mode="json"),
+    }
     if path.exists():
         before = json.loads(path.read_text())
         changed = [name for name, digest in plan.data.items() if before["data"].get(name) != digest]
@@ -101,16 +108,22 @@ class Pool(Protocol):
 
 @contextmanager
 def _ray(config: EvalConfig, address: str | None) -> Iterator[None]:
-    prepare_ray()
+    if address is None:
+        prepare_ray()
     import psutil
     import ray
 
     own = not ray.is_initialized()
     if own and address is not None:
-        ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            first_line = str(error).strip().split("\n")[0]
+            raise Unavailable(f"no Ray cluster answers at {address}: {first_line}") from error
     elif own:
         workers = config.workers
         ray.init(
+            address="local",
             num_cpus=max(psutil.cpu_count() or 1, int(workers.count * workers.cpus) + 1),
             include_dashboard=False,
             object_store_memory=150_000_000,

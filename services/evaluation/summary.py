@@ -14,12 +14,17 @@ import numpy as np
 from segcore.config import MIB
 from segcore.errors import NotFound
 from services.evaluation.config import EvalConfig
+from services.evaluation.measures import SHARE, Measure
 from services.evaluation.results import Result, ResultFile
-from services.evaluation.run import RESULTS, SETTINGS, Plan
+from services.evaluation.run import RESULTS, SETTINGS
+from services.evaluation.tasks.registry import SUITES
 
 RESAMPLES = 2000
+# Of fewer items even unanimous ones can't say at 95% that one arm is better.
+PAIRS = 6
 # Of an answer's figures, those that are told by arm and length: the unit of pictures, and how much of it one is.
 FIGURES = {
+    "prefill_s": ("seconds", 1),
     "prefill_tokens_per_s": ("tokens/s", 1),
     "first_token_s": ("seconds", 1),
     "answer_tokens_per_s": ("tokens/s", 1),
@@ -53,7 +58,8 @@ class Summary:
     config: EvalConfig
     results: list[Result]
     planned: int
-    folder: Path
+    run_id: str
+    code: str = ""
     data: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -63,9 +69,11 @@ class Summary:
             settings = json.loads((folder / SETTINGS).read_text())
         except (OSError, ValueError) as error:
             raise NotFound(f"{folder} isn't an evaluation's folder: {error}") from error
+        if not settings.keys() >= {"run", "code", "planned", "data", "config"}:
+            raise NotFound(f"{folder} is an evaluation of another version of segcore: run it again")
         config = EvalConfig.model_validate(settings["config"])
-        found = ResultFile(folder / RESULTS).results
-        return cls(config, list(found.values()), len(Plan.of(config).keys), folder, settings["data"])
+        found = list(ResultFile(folder / RESULTS).results.values())
+        return cls(config, found, settings["planned"], settings["run"], settings["code"], settings["data"])
 
     @property
     def arms(self) -> list[str]:
@@ -74,6 +82,10 @@ class Summary:
     @property
     def tasks(self) -> list[str]:
         return [task.name for task in self.config.tasks]
+
+    def measure(self, task: str) -> Measure:
+        """What a task's scores are."""
+        return SUITES[next(section.task for section in self.config.tasks if section.name == task)].measure
 
     @property
     def counts(self) -> dict[str, int]:
@@ -88,6 +100,10 @@ class Summary:
 
     def lengths(self, task: str) -> list[int]:
         return sorted({result["length"] for result in self.of(task=task)})
+
+    @property
+    def all_lengths(self) -> list[int]:
+        return sorted({length for task in self.tasks for length in self.lengths(task)})
 
     def depths(self, task: str) -> list[float]:
         return sorted({result["depth"] for result in self.of(task=task) if result["depth"] is not None})
@@ -127,13 +143,22 @@ class Summary:
         same = [_texts(a) == _texts(b) for a, b in both if "turns" in a]
         return sum(same) / len(same) if same else None
 
-    def best(self, **wanted: Any) -> str | None:
+    def best(self, task: str, **wanted: Any) -> str | None:
         """The arm that is better than every other on the same items, as far as intervals say so."""
+        lower = self.measure(task).lower_is_better
+        results = {arm: self.of(arm=arm, task=task, **wanted) for arm in self.arms}
         for arm in self.arms:
-            others = [difference(self.of(arm=arm, **wanted), self.of(arm=o, **wanted)) for o in self.arms if o != arm]
-            if others and all(found is not None and found.low > 0 for found in others):
+            others = [difference(results[arm], results[other]) for other in self.arms if other != arm]
+            if others and all(found and found.items >= PAIRS and _above(found, lower) for found in others):
                 return arm
         return None
+
+    def _shown(self, score: Interval | None, task: str) -> dict[str, float] | None:
+        """A share as it is, a perplexity as itself."""
+        if score is None or self.measure(task) is SHARE:
+            return score and score._asdict()
+        value = self.measure(task).value
+        return Interval(value(score.mean), value(score.low), value(score.high), score.items)._asdict()
 
     def as_json(self) -> dict[str, Any]:
         """Everything that the report shows, for programs."""
@@ -142,7 +167,7 @@ class Summary:
                 "task": task,
                 "length": length,
                 "arm": arm,
-                "score": None if (score := self.score(task=task, length=length, arm=arm)) is None else score._asdict(),
+                self.measure(task).name: self._shown(self.score(task=task, length=length, arm=arm), task),
                 "failures": self.failures(task=task, length=length, arm=arm),
                 "truncated": self.truncated(task=task, length=length, arm=arm),
                 "agreement": self.agreement(arm, self.config.baseline_arm, task=task, length=length),
@@ -153,7 +178,8 @@ class Summary:
             for arm in self.arms
         ]
         told = {
-            "run": self.config.run_id,
+            "run": self.run_id,
+            "code": self.code,
             "counts": self.counts,
             "data": self.data,
             "baseline": self.config.baseline_arm,
@@ -173,6 +199,10 @@ def difference(first: Iterable[Result], second: Iterable[Result]) -> Interval | 
     return Interval.of(gains) if gains else None
 
 
+def _above(gain: Interval, lower: bool) -> bool:
+    return gain.high < 0 if lower else gain.low > 0
+
+
 def _texts(result: Result) -> list[str]:
     return [turn["text"] for turn in result["turns"]]
 
@@ -182,6 +212,7 @@ def _ratio(above: float | None, below: float | None) -> float | None:
 
 
 _FIGURES: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "prefill_s": lambda turn: turn.get("prefill_s"),
     "prefill_tokens_per_s": lambda turn: _ratio(turn.get("prompt_tokens"), turn.get("prefill_s")),
     "first_token_s": lambda turn: turn.get("first_token_s"),
     "answer_tokens_per_s": lambda turn: _ratio(turn.get("answer_tokens", 1) - 1 or None, turn.get("answer_s")),

@@ -17,6 +17,8 @@ from services.evaluation.tasks.base import Case, Frame
 from services.evaluation.tasks.registry import open_suites
 from services.served import ServedArm
 
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+
 
 class Worker:
     """One arm at a time; a model stays for the next arm that needs the same."""
@@ -45,6 +47,9 @@ class Worker:
             raise  # nothing of the case's own: it stays without a result, and the run can go on later
         except SegcoreError as error:
             return told | {"error": {"kind": type(error).__name__, "message": error.message}}
+        except OUT_OF_MEMORY as error:
+            self.close()  # the next case begins with memory that nothing holds
+            return told | {"error": {"kind": "OutOfMemory", "message": str(error)}}
 
     def close(self) -> None:
         if self._arm is not None:
@@ -63,7 +68,11 @@ class Worker:
         if self._arm is None or self._arm[0] != name:
             self.close()
             section = next(arm for arm in self._config.arms if arm.name == name)
-            self._arm = name, self._open(section)
+            try:
+                self._arm = name, self._open(section)
+            except OUT_OF_MEMORY as error:
+                model = section.model or self._config.model
+                raise ConfigError(f"arm {name!r}: {model} is too large for a worker's memory: {error}") from error
         return self._arm[1]
 
     def _open(self, section: ArmSection) -> Arm:

@@ -30,28 +30,11 @@ def train(words: Sequence[str], *, address: str | None, local: bool, detach: boo
         if act not in ("start", "resume"):
             raise InvalidInput(f"--local runs have no jobs to {act}: they end with the command")
         return run_locally(TrainConfig.read(Path(rest[0])), console, resume=act == "resume")
-    jobs: Jobs
-    match act:
-        case "list":
-            console.print(Jobs(address).table())
-        case "stop":
-            console.print(f"stopped {Jobs(address).stop(rest[0])}; resume it with `segcore train resume`")
-        case "follow":
-            return _followed(Jobs(address), rest[0], console, address)
-        case _:
-            file = Path(rest[0])
-            config = TrainConfig.read(file) if act == "start" or file.suffix in (".yaml", ".yml") else None
-            jobs = Jobs(address)
-            job = jobs.submit(config or jobs.config(rest[0]), resume=act == "resume")
-            console.print(f"submitted {job}", highlight=False)
-            return 0 if detach else _followed(jobs, job, console, address)
-    return 0
-
-
-def _followed(jobs: Jobs, job: str, console: Console, address: str | None) -> int:
-    try:
-        return jobs.follow(job, console)
-    except KeyboardInterrupt:
-        there = f" --address {address}" if address else ""
-        console.print(f"the run goes on; see it with `segcore train follow {job}{there}`, end it with `stop`")
-        return 130
+    jobs = Jobs(address)
+    if act in ("list", "stop", "follow"):
+        return jobs.see_to(act, rest, console)
+    file = Path(rest[0])
+    config = TrainConfig.read(file) if act == "start" or file.suffix in (".yaml", ".yml") else None
+    job = jobs.submit(config or jobs.config(rest[0]), resume=act == "resume")
+    console.print(f"submitted {job}", highlight=False)
+    return 0 if detach else jobs.see_to("follow", [job], console)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from services.follow import tell
 from services.training.config import TrainConfig
 
 LINES = "metrics.jsonl"
-# Begins the lines of a job's log that are meant for programs; a JSON object follows.
-MARK = "segcore-train "
 # So often, at most, such a line is written about steps.
 TELL_EVERY_S = 0.5
 
@@ -83,24 +81,6 @@ class RunRecorder:
     def _write(self, line: dict[str, Any]) -> None:
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
-
-
-def tell(**values: Any) -> None:
-    """Print a line that `told` finds again in a log."""
-    # Not `print`, which Ray Train replaces in its workers by one that writes twice.
-    sys.stdout.write(MARK + json.dumps(values) + "\n")
-    sys.stdout.flush()
-
-
-def told(line: str) -> dict[str, Any] | None:
-    """What a line of a log says to programs; Ray puts the worker's name before it."""
-    _, mark, rest = line.partition(MARK)
-    if not mark:
-        return None
-    try:
-        return dict(json.loads(rest.strip().removesuffix("\x1b[0m")))
-    except ValueError:
-        return None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

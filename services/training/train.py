@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from segcore.errors import AlreadyExists, NotFound, SegcoreError
+from services.follow import tell
 from services.local_ray import prepare_ray
 from services.training.config import TrainConfig
 from services.training.folders import export, latest, publish
-from services.training.metrics import tell
 from services.training.picture import draw
 
 # Where Ray keeps its list of a run's checkpoints.

@@ -10,7 +10,7 @@ from segcore import reading
 from segcore.config import segment_config
 from segcore.errors import LimitExceeded
 from segcore.model import CausalLM
-from segcore.reading import token_losses
+from segcore.reading import read, token_losses
 from segcore.training.stream import TrainingStream
 from segcore.training.tbptt import SegmentedTrainer
 from tests.conftest import VOCABULARY, tiny_model, tiny_segment
@@ -51,3 +51,32 @@ def test_full_attention_is_the_models_own(lm, monkeypatch):
 def test_a_text_beyond_the_positions_is_refused(lm):
     with pytest.raises(LimitExceeded, match="512 at most"):
         token_losses(lm, segment_config("full"), TOKENS.repeat(4))
+
+
+def test_a_part_is_read_as_in_the_whole(lm):
+    whole = read(lm, POLICIES["segmented"], TOKENS)
+    for first in (2, 40, 149, 150):
+        part = read(lm, POLICIES["segmented"], TOKENS, first=first)
+        torch.testing.assert_close(part.losses_T, whole.losses_T[first - 1 :], rtol=1e-12, atol=1e-12)
+        assert torch.equal(part.greedy_T, whole.greedy_T[first - 1 :])
+
+
+def test_a_mark_is_read_as_training_has_it(lm):
+    stream = TrainingStream("x", TOKENS, marks=(100,))
+    trained = SegmentedTrainer(lm, POLICIES["segmented"], k=0).loss_and_grad(stream, len(TOKENS))
+    marked = read(lm, POLICIES["segmented"], TOKENS, mark=100)
+    assert marked.losses_T.sum().item() == pytest.approx(trained.total, rel=1e-10)
+    plain = token_losses(lm, POLICIES["segmented"], TOKENS)
+    assert torch.equal(marked.losses_T[:99], plain[:99])
+    assert not torch.equal(marked.losses_T, plain)
+
+
+def test_the_likeliest_tokens_are_known(lm):
+    said = tiny_model().generate(TOKENS[None, :40], max_new_tokens=6, do_sample=False, eos_token_id=-1)[0]
+    found = read(lm, segment_config("full", segment_tokens=32), said, first=40)
+    assert found.greedy_T.tolist() == [True] * 6
+    other = said.clone()
+    other[43] = (said[43] + 1) % VOCABULARY
+    assert read(lm, segment_config("full", segment_tokens=32), other, first=40).greedy_T[:4].tolist() == [True] * 3 + [
+        False
+    ]

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
-from segcore.tasks.base import Item
+from segcore.tasks.base import Item, Turn
 from segcore.text import ChatFormat, TextTokenizer
 from segcore.turns import frame_tokens
 from services.evaluation.arms import Answer, Arm, as_record
 from services.evaluation.config import EvalConfig, TaskSection
+from services.evaluation.measures import SHARE, Measure
 from services.evaluation.scores import METRICS
 
 # Characters of a needed passage that a result tells.
 TOLD = 300
+# Of a cell, unless the configuration says how many.
+ITEMS = 8
+ANSWER_TOKENS = 48
 
 
 class Case(NamedTuple):
@@ -49,7 +53,9 @@ class Frame:
 
 
 class Suite(ABC):
-    """A task of a configuration. Raises ConfigError when it is made, for what can't be."""
+    """A task of a configuration. Raises ConfigError when it is made, for what can't be. measure: of its scores."""
+
+    measure: ClassVar[Measure] = SHARE
 
     def __init__(self, section: TaskSection, config: EvalConfig) -> None:
         self.section, self.config = section, config
@@ -60,7 +66,7 @@ class Suite(ABC):
 
     @abstractmethod
     def result(self, case: Case, frame: Frame, arm: Arm) -> dict[str, Any]:
-        """What comes of a case: "score", higher is better, and what else a result has. Raises SegcoreError."""
+        """What comes of a case: its "score", and what else a result has. Raises SegcoreError."""
 
     @property
     def digest(self) -> str:
@@ -74,34 +80,43 @@ class Suite(ABC):
             Case(section.name, length, depth, number)
             for length in section.lengths
             for depth in section.depths or (None,)
-            for number in range(section.items)
+            for number in range(section.items or ITEMS)
         ]
 
 
 class Asking(Suite):
     """A task whose items are asked about. metric: the score that stands for it."""
 
-    metric: ClassVar[str] = "match"
+    metric: str = "match"
 
     @abstractmethod
     def item(self, case: Case, frame: Frame) -> Item:
         """Raises ConfigError."""
 
+    @property
+    def max_tokens(self) -> int:
+        """Of an answer, unless the configuration says."""
+        return self.section.max_tokens or ANSWER_TOKENS
+
+    def scores(self, case: Case, turn: Turn, answer: str) -> dict[str, float]:
+        """Of an answer, by the metric's name."""
+        return {name: metric(answer, turn.expected, turn.match) for name, metric in METRICS.items()}
+
     def result(self, case: Case, frame: Frame, arm: Arm) -> dict[str, Any]:
-        item, section = self.item(case, frame), self.section
-        answers = arm.answers(item, section.max_tokens, section.lead, self.config.truncate)
-        turns = [judged(item, i, answer) for i, answer in enumerate(answers)]
-        scores = {name: sum(turn["scores"][name] for turn in turns) / len(turns) for name in METRICS}
+        item = self.item(case, frame)
+        answers = arm.answers(item, self.max_tokens, self.section.lead, self.config.truncate)
+        turns = [self._judged(case, item, turn, answer) for turn, answer in zip(item.turns, answers, strict=True)]
+        scores = {name: sum(turn["scores"][name] for turn in turns) / len(turns) for name in turns[0]["scores"]}
         return {"score": scores[self.metric], "scores": scores, "turns": turns, "facts": item.facts}
 
-
-def judged(item: Item, turn: int, answer: Answer) -> dict[str, Any]:
-    """A turn's answer beside what was wanted of it."""
-    said = item.turns[turn]
-    return {
-        "question": said.question,
-        "expected": said.expected,
-        "needed": [item.document[start:end][:TOLD] for start, end in said.needed],
-        "scores": {name: metric(answer.text, said.expected, said.match) for name, metric in METRICS.items()},
-        **as_record(answer),
-    }
+    def _judged(self, case: Case, item: Item, turn: Turn, answer: Answer) -> dict[str, Any]:
+        """A turn's answer beside what was wanted of it."""
+        scores = self.scores(case, turn, answer.text)
+        return {
+            "question": turn.question,
+            "expected": turn.expected,
+            "needed": [item.document[start:end][:TOLD] for start, end in turn.needed],
+            "score": scores[self.metric],
+            "scores": scores,
+            **as_record(answer),
+        }

@@ -9,6 +9,7 @@ from typing import Any
 from segcore.errors import ConfigError
 from services.evaluation.arms import Arm, EngineArm
 from services.evaluation.config import EvalConfig, TaskSection
+from services.evaluation.measures import PERPLEXITY
 from services.evaluation.tasks.base import Case, Frame, Suite
 from services.evaluation.tasks.synthetic import haystack_of
 
@@ -17,7 +18,9 @@ FIRST = 256
 
 
 class Perplexity(Suite):
-    """Pieces of the haystack, `lengths` tokens each. The score is one over the perplexity of the whole piece."""
+    """Pieces of the haystack, `lengths` tokens each. The score is the mean loss of a piece, in nats."""
+
+    measure = PERPLEXITY
 
     def __init__(self, section: TaskSection, config: EvalConfig) -> None:
         super().__init__(section, config)
@@ -33,7 +36,7 @@ class Perplexity(Suite):
     def result(self, case: Case, frame: Frame, arm: Arm) -> dict[str, Any]:
         assert isinstance(arm, EngineArm)
         losses = arm.losses(self._text(case, frame), case.length)
-        return {"score": math.exp(-sum(losses) / len(losses)), "nats": by_position(losses), "facts": {}}
+        return {"score": sum(losses) / len(losses), "nats": by_position(losses), "facts": {}}
 
     @property
     def digest(self) -> str:

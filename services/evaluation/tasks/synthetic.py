@@ -33,7 +33,7 @@ class Synthetic(Asking):
         room = Room(
             split="eval",
             # The answer takes what it may, not what a right one would.
-            length=case.length - self.section.max_tokens,
+            length=case.length - self.max_tokens,
             haystack=self._haystack,
             count=frame.count,
             frame_tokens=frame.frame_tokens,

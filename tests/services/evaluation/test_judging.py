@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from segcore.errors import ConfigError, LimitExceeded
 from segcore.tasks.base import Item, Span, Turn
@@ -20,6 +22,7 @@ from services.evaluation.config import EvalConfig
 from services.evaluation.report import html
 from services.evaluation.scores import exact, f1, match
 from services.evaluation.summary import Interval, Summary, difference
+from services.evaluation.tables import scores
 from services.evaluation.tasks.base import Frame
 from services.evaluation.tasks.registry import open_suites
 
@@ -54,7 +57,14 @@ def test_an_interval_covers_the_mean_as_often_as_it_says():
 
 
 def result(arm, number, score, length=100, **more):
-    turn = {"text": f"{score}", "scores": {"match": score}, "expected": ["x"], "question": "?", "needed": []}
+    turn = {
+        "text": f"{score}",
+        "score": score,
+        "scores": {"match": score},
+        "expected": ["x"],
+        "question": "?",
+        "needed": [],
+    }
     told = {"task": "needle", "length": length, "depth": None, "case": f"needle/{length}/{number}", "facts": {}}
     return {"arm": arm, **told, "score": score, "turns": [turn | more]}
 
@@ -76,6 +86,8 @@ def test_a_winner_is_marked_only_where_intervals_say_so(values):
     assert summary(values, clear).best(task="needle") == "segmented"
     close = [result(arm, i, float((i + (arm == "full")) % 2)) for arm in ("full", "segmented") for i in range(20)]
     assert summary(values, close).best(task="needle") is None
+    few = [result(arm, i, float(arm == "segmented")) for arm in ("full", "segmented") for i in range(5)]
+    assert summary(values, few).best(task="needle") is None
 
 
 def test_figures_are_medians_with_what_is_unknown_left_out(values):
@@ -92,6 +104,13 @@ def test_figures_are_medians_with_what_is_unknown_left_out(values):
     assert made.figure("past_bytes_per_token", arm="full") == 10
     assert made.figure("recall", arm="full") == 0.75
     assert made.figure("first_token_s", arm="full") is None
+
+
+def test_figures_stand_in_a_table(values):
+    figures = {"prompt_tokens": 65_536, "prefill_s": 12.5, "first_token_s": 0.25, "device_bytes": 2**31}
+    page = html(summary(values, [result("segmented", 0, 1.0, length=65_536, **figures, past_bytes=65_536 * 128)]))
+    row = re.search(r"<tr><td>65,536</td><td class=\"text\">segmented</td>(.*?)</tr>", page)[1]
+    assert re.findall(r"<td>(.*?)</td>", row) == ["12.50", "5,243", "0.25", "2,048", "128"]
 
 
 def test_the_report_tells_what_it_is_given_and_nothing_from_elsewhere(values):
@@ -180,11 +199,30 @@ def test_perplexity_is_told_by_position(model_directory, values, arm):
     counts = {first: count for first, (_, count) in result["nats"].items()}
     assert counts == {"0": 256, "256": 256, "512": 187}  # the very first token has nothing before it
     total = sum(loss for loss, _ in result["nats"].values())
-    assert result["score"] == pytest.approx(math.exp(-total / 699))
+    assert result["score"] == pytest.approx(total / 699)
     line = {"arm": "full", "case": case.id, "task": "perplexity", "length": 700, "depth": None, **result}
     told = summary(values, [line], tasks=[{"task": "perplexity"}])
     assert told.perplexities("perplexity", "full")[256] == pytest.approx(math.exp(result["nats"]["256"][0] / 256))
     assert "perplexity of the tokens from each position" in html(told)
+
+
+def test_perplexity_is_shown_as_itself_and_the_lower_one_wins(values):
+    results = [
+        {"arm": arm, "case": f"p/700/{i}", "task": "p", "length": 700, "depth": None, "facts": {}, "nats": {}}
+        | {"score": math.log(perplexity) + 0.01 * (i % 3)}
+        for arm, perplexity in (("full", 20.0), ("segmented", 10.0))
+        for i in range(6)
+    ]
+    told = summary(values, results, tasks=[{"task": "perplexity", "label": "p", "lengths": [700]}])
+    assert told.best("p") == "segmented"
+    cell = told.as_json()["cells"][0]
+    assert cell["perplexity"]["mean"] == pytest.approx(20 * math.exp(0.01))
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(scores(told))
+    for page in (html(told), shown.getvalue()):
+        assert re.search(r"20\.20.*10\.10", page, re.DOTALL)
+        assert "lower is better" in page
+    assert "[-50.0%: -50.0% to -50.0%]" in html(told)
 
 
 @pytest.mark.parametrize("task", [{"lengths": []}, {"lengths": [100], "depths": [0.1]}, {"lengths": [100], "keys": 2}])

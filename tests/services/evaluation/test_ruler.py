@@ -15,11 +15,12 @@ from segcore.errors import ConfigError
 from segcore.text import TextTokenizer
 from segcore.weights import load_model
 from services.evaluation.config import EvalConfig
-from services.evaluation.tasks import ruler
 from services.evaluation.tasks.base import Frame
 from services.evaluation.tasks.registry import open_suites
-from services.evaluation.tasks.ruler import MAKERS, essay_words, sentences_of
-from tests.tokenizers import byte_tokenizer
+from services.evaluation.tasks.ruler import words
+from services.evaluation.tasks.ruler.suite import MAKERS
+from services.evaluation.tasks.ruler.words import essay_words, sentences_of
+from tests.tokenizers import byte_tokenizer, counting_tokenizer
 
 # What their scripts import and we don't install; sentences are cut by our rule.
 STUBS = {
@@ -60,6 +61,7 @@ def theirs(tmp_path_factory):
         (folder / "stubs" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "stubs" / name).write_text(text)
     byte_tokenizer().save_pretrained(folder / "tokenizer")
+    counting_tokenizer().save_pretrained(folder / "vt-tokenizer")  # whose example must have room in 500 tokens
     package = importlib.util.find_spec("long_context_eval")
     assert package is not None, "run: make setup"
     root = Path(package.submodule_search_locations[0]) / "data" / "synthetic"
@@ -72,7 +74,7 @@ def theirs(tmp_path_factory):
         options = {
             "save_dir": folder,
             "save_name": f"{task}-{length}",
-            "tokenizer_path": folder / "tokenizer",
+            "tokenizer_path": folder / ("vt-tokenizer" if kind == "vt" else "tokenizer"),
             "tokenizer_type": "hf",
             "max_seq_length": length,
             "tokens_to_generate": base["tokens_to_generate"],
@@ -100,20 +102,20 @@ def theirs(tmp_path_factory):
 @pytest.mark.parametrize(
     ("task", "length"),
     [(task, 30_000 if task.startswith("qa") else 6000) for task in MAKERS]
-    + [("niah_single_1", 3000), ("cwe", 4000), ("niah_multikey_3", 9000)],
+    + [("niah_single_1", 3000), ("cwe", 4000), ("niah_multikey_3", 9000), ("vt", 2000)],
 )
 def test_the_same_seed_gives_their_samples(theirs, task, length, monkeypatch):
-    monkeypatch.setattr(ruler, "_listed", FEW.__getitem__)
-    ruler.pairs_of_words.cache_clear()
-    ruler.all_words.cache_clear()
-    text = TextTokenizer(byte_tokenizer())
-    ours = list(islice(MAKERS[task](length, lambda piece: len(text.encode(piece))).samples(), 3))
+    monkeypatch.setattr(words, "_listed", FEW.__getitem__)
+    words.pairs_of_words.cache_clear()
+    words.all_words.cache_clear()
+    text = TextTokenizer(byte_tokenizer()).encode if task != "vt" else counting_tokenizer().encode
+    ours = list(islice(MAKERS[task](length, lambda piece: len(text(piece))).samples(), 3))
     made = theirs(task, length, 3)
     assert [list(sample.answers) for sample in ours] == [line["outputs"] for line in made]
     for sample, line in zip(ours, made, strict=True):
         assert sample.prompt == line["input"]
-    ruler.pairs_of_words.cache_clear()
-    ruler.all_words.cache_clear()
+    words.pairs_of_words.cache_clear()
+    words.all_words.cache_clear()
 
 
 def test_items_are_the_samples_in_their_order(values, model_directory):
@@ -132,9 +134,11 @@ def test_items_are_the_samples_in_their_order(values, model_directory):
         assert turn.lead.startswith("The special magic number for")
 
 
-def test_a_length_too_short_is_told():
+@pytest.mark.parametrize(("task", "length"), [("niah_single_1", 200), ("vt", 4000)])
+def test_a_length_too_short_is_told(task, length):
+    """By characters, RULER's example of variable tracking finds no room in its 500."""
     with pytest.raises(ConfigError, match="too few for RULER"):
-        next(MAKERS["niah_single_1"](200, len).samples())
+        next(MAKERS[task](length, len).samples())
 
 
 def test_sentences_are_cut_as_far_as_a_rule_can():

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -203,6 +204,24 @@ def test_results_of_other_cases_are_refused(config):
 def test_wrong_configurations_are_told(tmp_path, values, changes, message):
     with pytest.raises(ValidationError, match=message):
         EvalConfig.model_validate(values(tmp_path, **changes))
+
+
+def test_what_was_validated_can_be_written_and_read_again(tmp_path, values):
+    arms = [{"name": "a", "service": "h:1"}, {"name": "b", "url": "http://h", "served_model": "m"}]
+    config = EvalConfig.model_validate(values(tmp_path, arms=arms))
+    assert EvalConfig.model_validate(config.model_dump(mode="json")) == config
+    assert EvalConfig.model_validate_json(config.to_json()).run_id == config.run_id
+
+
+def test_paths_beside_the_file_become_absolute(tmp_path, values):
+    (tmp_path / "text.md").write_text("A text.")
+    (tmp_path / "rows.jsonl").write_text("")
+    made = values("runs", haystack="./text.md", tasks=[{"task": "longbench", "data": "rows.jsonl"}])
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(made))
+    config = EvalConfig.read(tmp_path / "eval.yaml")
+    assert config.haystack == str(tmp_path / "text.md")
+    assert config.tasks[0].options == {"data": str(tmp_path / "rows.jsonl")}
+    assert config.storage == tmp_path / "runs"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import json
 
 from rich.console import Console
 
+from services.follow import MARK
 from services.training.follow import follow
-from services.training.metrics import MARK
 
 
 def line(**values):

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -29,80 +19,12 @@ from services.training.config import TrainConfig
 from services.training.folders import latest
 from services.training.jobs import Jobs
 from services.training.metrics import LINES, read_lines
+from tests.services.cluster import end, free_port, wait_for
 from tests.services.training.conftest import Alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parent.parent.parent.parent
 STEPS, EVERY = 48, 8
-
-
-class Cluster(NamedTuple):
-    """Two nodes of one CPU each. address: of the dashboard. client: for ray://. second: the one that isn't the head."""
-
-    address: str
-    client: str
-    second: subprocess.Popen[bytes]
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A cluster of our own, whose nodes are ended by their process ids."""
-    folder, port, dashboard, client = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), *(free_port() for _ in "123")
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # whose `python` jobs run
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_worker_niceness": "0",
-        "RAY_raylet_start_wait_time_s": "150",
-    }
-    ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
-    ray.append("--object-store-memory=100000000")
-    head = [
-        *ray, "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
-        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={free_port()}",
-    ]  # fmt: skip
-    nodes = []
-    with open(folder / "nodes.log", "w") as log:
-        try:
-            nodes.append(subprocess.Popen(head, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            started = lambda: (folder / "nodes.log").read_text().count("Ray runtime started")  # noqa: E731
-            dead = lambda: any(n.poll() is not None for n in nodes) and (folder / "nodes.log").read_text()  # noqa: E731
-            wait_for(lambda: started() == 1, dead)
-            node = [*ray, f"--address=127.0.0.1:{port}", f"--dashboard-agent-listen-port={free_port()}"]
-            nodes.append(subprocess.Popen(node, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            wait_for(lambda: started() == 2, dead)
-            yield Cluster(f"http://127.0.0.1:{dashboard}", f"ray://127.0.0.1:{client}", nodes[1])
-        finally:
-            for process in reversed(nodes):
-                end(process)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a node at once, with everything that it started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        started = psutil.Process(process.pid).children(recursive=True)
-        for each in (process, *started):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def wait_for(happened: Callable[[], object], failed: Callable[[], str | None] = lambda: None) -> None:
-    """failed: says why it won't."""
-    while not happened():
-        assert not (why := failed()), why
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +112,7 @@ def test_jobs_are_listed_by_the_address_that_is_named(cluster, finished, monkeyp
     assert re.search(r"run-\d+.*STOPPED", listed)
     assert re.search(r"run-\d+.*SUCCEEDED", listed)
     assert os.environ["RAY_ADDRESS"]
-    with pytest.raises(NotFound, match="no training job or run 'nobody'"):
+    with pytest.raises(NotFound, match="no job or run 'nobody'"):
         Jobs(cluster.address).find("nobody")
 
 

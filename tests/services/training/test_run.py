@@ -27,11 +27,12 @@ from segcore.errors import ConfigError, NonFiniteLoss
 from segcore.presets import segment_preset
 from segcore.training.stream import IGNORED, TrainingStream
 from segcore.weights import load_model
+from services.follow import told
 from services.training import checkpoint, folders, learners, worker
 from services.training.config import ScheduleSection, TrainConfig
 from services.training.estimate import _shape, estimate, require_memory
 from services.training.folders import TENSORS, export, latest, publish, unfinished
-from services.training.metrics import LINES, read_lines, told
+from services.training.metrics import LINES, read_lines
 from services.training.schedule import rate
 from services.training.worker import Run
 from tests.conftest import tiny_model
@@ -155,6 +156,7 @@ def test_a_run_that_was_killed_over_a_checkpoint_goes_on_as_if_unbroken(config):
     assert process.exitcode == -signal.SIGKILL
     assert latest(broken.folder).name == "checkpoint-0000002"
     assert list(broken.folder.glob(".*.partial"))
+    (broken.folder / ".checkpoint-0000003.partial").mkdir()  # of a run that wrote more of them
     Alone(broken).run.train()
     assert not list(broken.folder.glob(".*"))
     assert curve(broken) == curve(unbroken)
