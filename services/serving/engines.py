@@ -64,17 +64,23 @@ class Engines:
         self, tenant: str, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None
     ) -> UploadAck:
         """`Sessions.append`, until there is room. ends: when the caller's time is up, by the monotonic clock."""
-        where = (tenant, session_id, document_id)
-        try:
-            ack: UploadAck = await self.call("append", *where, offset, data, timeout_s=_left(ends))
-        except WrongOffset as error:
-            # Only the answer to an earlier try was lost.
-            if error.details.get("committed_offset") != str(offset + len(data)) or not data:
-                raise
-            ack = await self.call("append", *where, offset + len(data), b"", timeout_s=_left(ends))
-        while ack.waiting:
-            ack = await self.call("append", *where, ack.committed_offset, b"", timeout_s=_left(ends))
-        return ack
+        patience, tried, stop = _Patience(self._patience_s), False, str(offset + len(data))
+        while True:
+            try:
+                at = self._at(session_id)
+                where = (tenant, session_id, document_id, offset, data)
+                ack: UploadAck = await at.append.remote(*where, timeout_s=_left(ends))
+            except Exception as error:
+                known = as_segcore_error(error)
+                taken = isinstance(known, WrongOffset) and known.details.get("committed_offset") == stop
+                if not (tried and taken):  # else only the answer to the earlier try was lost
+                    await patience.wait(known)
+                    tried = True
+                    continue
+            else:
+                if not ack.waiting:
+                    return ack
+            offset, data = int(stop), b""
 
     async def finish(
         self,
