@@ -1,5 +1,5 @@
 # One word per developer act; CI uses the same words.
-.PHONY: setup redis browser demo test test-fast test-gpu check format protos lock figures report-picture up down clean
+.PHONY: setup redis browser demo test test-fast test-gpu check format protos lock figures soak report-picture up down clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -72,6 +72,10 @@ protos: setup
 lock: .venv/.ready
 	echo "$(TORCH)" | $(UV) compile --quiet --python $(BIN)/python --no-annotate --no-header --upgrade -c /dev/stdin \
 	  $(addprefix --extra ,serve train eval lm-eval redis dev) pyproject.toml | grep -vE '^(nvidia-|triton|cuda-)' > constraints.txt
+
+# Twenty minutes of load while replicas are killed and scaled; prints what was lost.
+soak: setup
+	$(BIN)/python -m benchmarks.soak
 
 # Every benchmark's figures beside their targets.
 figures: setup

@@ -5,6 +5,7 @@ SegcoreError
 │   ├── ConfigError         a configuration that can't work
 │   ├── InvalidDocument     bytes that aren't a text document
 │   └── InvalidRequest      a parameter of a request
+├── Unauthenticated         who calls isn't known here
 ├── UnsupportedModel        a model that can't be run exactly
 ├── NotFound                a session, document or model that isn't there
 ├── Conflict                the caller's view is out of date; read again, then retry
@@ -67,6 +68,10 @@ class InvalidRequest(InvalidInput):
     """A parameter of a request is out of range."""
 
 
+class Unauthenticated(SegcoreError):
+    """Who calls isn't known here: no token, or a wrong one."""
+
+
 class UnsupportedModel(SegcoreError):
     """The model can't be run exactly; the message names the architecture and the reason."""
 
@@ -100,7 +105,7 @@ class LimitExceeded(SegcoreError):
 
 
 class Busy(LimitExceeded):
-    """Full just now; the same call can succeed later."""
+    """Full just now; the same call can succeed later, if known in `retry_after_s` (a detail)."""
 
 
 class NonFiniteLoss(SegcoreError):

@@ -62,8 +62,10 @@ def test_ray_is_named_by_few():
         "services/jobs.py",
         "services/serving/app.py",
         "services/serving/engines.py",
+        "services/serving/gate.py",
         "services/serving/ingress.py",
         "services/serving/local.py",
+        "services/serving/metrics.py",
         "services/training/train.py",
     }
 

@@ -43,8 +43,20 @@ _IMPORT_BYTES = 2**20
 class AsyncClient:
     """Talks to one service. All calls raise SegcoreError; those that can be repeated safely are, for some seconds."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        ca: Path | bool = False,
+        certificate: tuple[Path, Path] | None = None,
+    ) -> None:
+        """token: a tenant's bearer token. ca: with TLS; the authority's certificate, True for those the system trusts.
+
+        certificate: the client's own, and its key, where the service asks for one.
+        """
+        self._channel = _channel(address, ca, certificate)
+        self._who = () if token is None else (("authorization", f"Bearer {token}"),)
         self._sessions = stubs.SessionServiceStub(self._channel)
         self._documents = stubs.DocumentServiceStub(self._channel)
         self._generation = stubs.GenerationServiceStub(self._channel)
@@ -59,9 +71,15 @@ class AsyncClient:
     async def close(self) -> None:
         await self._channel.close()
 
+    def _route(self, session_id: str) -> tuple[tuple[str, str], ...]:
+        """The metadata by which a session's calls are routed, and that say who calls."""
+        return (("session_id", session_id), *self._who)
+
     async def server_info(self) -> pb.GetServerInfoResponse:
         with _errors():
-            response: pb.GetServerInfoResponse = await self._info.GetServerInfo(pb.GetServerInfoRequest())
+            response: pb.GetServerInfoResponse = await self._info.GetServerInfo(
+                pb.GetServerInfoRequest(), metadata=self._who
+            )
         return response
 
     async def create_session(
@@ -72,12 +90,12 @@ class AsyncClient:
         request = pb.CreateSessionRequest(
             session_id=name, model=model, ttl=codec.duration(ttl_s), request_id=uuid.uuid4().hex
         )
-        response = await _retried(lambda: self._sessions.CreateSession(request, metadata=_route(name)))
+        response = await _retried(lambda: self._sessions.CreateSession(request, metadata=self._route(name)))
         return codec.session_from(response.session)
 
     async def get_session(self, session_id: str) -> SessionInfo:
         request = pb.GetSessionRequest(session_id=session_id)
-        response = await _retried(lambda: self._sessions.GetSession(request, metadata=_route(session_id)))
+        response = await _retried(lambda: self._sessions.GetSession(request, metadata=self._route(session_id)))
         return codec.session_from(response.session)
 
     async def list_sessions(self) -> AsyncIterator[SessionInfo]:
@@ -96,7 +114,7 @@ class AsyncClient:
         request = pb.DeleteSessionRequest(
             session_id=session_id, expected_generation=expected_generation, request_id=uuid.uuid4().hex
         )
-        await _retried(lambda: self._sessions.DeleteSession(request, metadata=_route(session_id)))
+        await _retried(lambda: self._sessions.DeleteSession(request, metadata=self._route(session_id)))
 
     async def fork_session(
         self, session_id: str, new_session_id: str | None = None, *, expected_generation: int | None = None
@@ -108,7 +126,7 @@ class AsyncClient:
             expected_generation=expected_generation,
             request_id=uuid.uuid4().hex,
         )
-        response = await _retried(lambda: self._sessions.ForkSession(request, metadata=_route(session_id)))
+        response = await _retried(lambda: self._sessions.ForkSession(request, metadata=self._route(session_id)))
         return codec.session_from(response.session)
 
     async def rewind_session(
@@ -121,14 +139,14 @@ class AsyncClient:
             expected_generation=expected_generation,
             request_id=uuid.uuid4().hex,
         )
-        response = await _retried(lambda: self._sessions.RewindSession(request, metadata=_route(session_id)))
+        response = await _retried(lambda: self._sessions.RewindSession(request, metadata=self._route(session_id)))
         return codec.session_from(response.session)
 
     async def export_session(self, session_id: str) -> bytes:
         """The session as bytes: its texts and tokens."""
         with _errors():
             call = self._sessions.ExportSession(
-                pb.ExportSessionRequest(session_id=session_id), metadata=_route(session_id)
+                pb.ExportSessionRequest(session_id=session_id), metadata=self._route(session_id)
             )
             return b"".join([response.data async for response in call])
 
@@ -141,12 +159,12 @@ class AsyncClient:
                 piece = data[start : start + _IMPORT_BYTES]
                 yield pb.ImportSessionRequest(session_id=name, request_id=request_id, data=piece)
 
-        response = await _retried(lambda: self._sessions.ImportSession(requests(), metadata=_route(name)))
+        response = await _retried(lambda: self._sessions.ImportSession(requests(), metadata=self._route(name)))
         return codec.session_from(response.session)
 
     async def get_document(self, session_id: str, document_id: str) -> DocumentInfo:
         request = pb.GetDocumentRequest(session_id=session_id, document_id=document_id)
-        response = await _retried(lambda: self._documents.GetDocument(request, metadata=_route(session_id)))
+        response = await _retried(lambda: self._documents.GetDocument(request, metadata=self._route(session_id)))
         return codec.document_from(response.document)
 
     async def upload(
@@ -189,7 +207,7 @@ class AsyncClient:
         )
         patience = _Patience()
         while True:
-            call = self._generation.Generate(request, metadata=_route(session_id))
+            call = self._generation.Generate(request, metadata=self._route(session_id))
             try:
                 with _errors():
                     async for response in call:
@@ -209,11 +227,11 @@ class AsyncClient:
     async def cancel_answer(self, session_id: str) -> None:
         """End the session's answer, if it is answering: this client's, or that of one that is gone."""
         request = pb.CancelAnswerRequest(session_id=session_id)
-        await _retried(lambda: self._generation.CancelAnswer(request, metadata=_route(session_id)))
+        await _retried(lambda: self._generation.CancelAnswer(request, metadata=self._route(session_id)))
 
     def open_upload(self, session_id: str) -> Any:
         """The bare bidirectional call, for those who speak the protocol themselves."""
-        return self._documents.UploadDocument(metadata=_route(session_id))
+        return self._documents.UploadDocument(metadata=self._route(session_id))
 
 
 class _Upload:
@@ -333,11 +351,12 @@ class _Upload:
 class Client:
     """`AsyncClient` for code that isn't asynchronous: the same calls, run on a loop in a thread of its own."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, **options: Any) -> None:
+        """options: those of AsyncClient."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="segcore-client", daemon=True)
         self._thread.start()
-        self._client = self._run(_made(lambda: AsyncClient(address)))
+        self._client = self._run(_made(lambda: AsyncClient(address, **options)))
 
     def __enter__(self) -> Self:
         return self
@@ -491,6 +510,9 @@ def _reading(source: Source) -> Iterator[BinaryIO]:
         yield source
 
 
-def _route(session_id: str) -> tuple[tuple[str, str], ...]:
-    """The metadata by which Serve routes a session's calls."""
-    return (("session_id", session_id),)
+def _channel(address: str, ca: Path | bool, certificate: tuple[Path, Path] | None) -> grpc.aio.Channel:
+    if not ca:
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    chain, key = (None, None) if certificate is None else (file.read_bytes() for file in certificate)
+    authority = ca.read_bytes() if isinstance(ca, Path) else None
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(authority, key, chain), options=_OPTIONS)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segcore.adapter import Adapter
 from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig
@@ -24,6 +24,12 @@ class ServeConfig(BaseModel):
     threads: torch's, None for its own choice.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
     address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.
+    host, grpc_port, http_port: where each front listens, over TLS if there is a certificate (PEM files); with
+    tls_client_ca clients need a certificate that it signed. serve_grpc_port: Serve's own proxy beside it, without TLS.
+    fronts: how many there are; one a node.
+    tracing: what makes span processors, such as "services.serving.tracing:otlp"; tracing_ratio: of the calls that
+    aren't part of a trace already.
+    tenants: a file of who may call (see tenants.py); None: everybody, as one tenant.
     sessions: the directory of sessions, a SQLite file or the address of a Redis server; session_ttl_s: how long one is
     kept after its last call, None: for ever. lease_s: how long others wait for a replica that is gone. slice_s: the
     longest a call keeps a replica from ending. changed_sessions: what becomes of sessions that were begun with another
@@ -47,6 +53,15 @@ class ServeConfig(BaseModel):
     host: str = "127.0.0.1"
     grpc_port: int = Field(default=9100, ge=0, le=65535)
     http_port: int = Field(default=8100, ge=0, le=65535)
+    serve_grpc_port: int | None = Field(default=None, ge=0, le=65535)
+    fronts: int = Field(default=1, ge=1)
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    grpc_reflection: bool = False
+    tenants: Path | None = None
+    tracing: str | None = None
+    tracing_ratio: float = Field(default=0.01, ge=0, le=1)
     past_directory: Path = Field(default_factory=lambda: cache_directory() / "past-kv")
     past_host_bytes: int = Field(default=8 * GIB, ge=0)
     past_disk_bytes: int | None = Field(default=None, ge=0)
@@ -65,6 +80,14 @@ class ServeConfig(BaseModel):
     max_data_bytes: int = Field(default=1 * MIB, ge=1, le=3 * MIB)
     max_import_bytes: int = Field(default=256 * MIB, ge=1)
     window_bytes: int = Field(default=8 * KIB, ge=KIB)
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> ServeConfig:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together")
+        if self.tls_client_ca is not None and self.tls_key is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        return self
 
     @classmethod
     def read(cls, path: Path) -> ServeConfig:

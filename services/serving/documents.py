@@ -24,7 +24,8 @@ from segcore.weights import LoadedModel
 from services.serving.config import ServeConfig
 from services.serving.directory.base import Name
 from services.serving.live import Live, Lives
-from services.serving.messages import Progress, UploadAck
+from services.serving.messages import Passage, Progress, UploadAck
+from services.serving.passages import Placed, passages
 from services.serving.record import DocumentRecord, Entry, Record
 
 
@@ -90,6 +91,14 @@ class Documents:
             raise _no_document(document_id)
         entries = (Entry.read(data) for data in self._lives.directory.log(name))
         return b"".join(entry.data for entry in entries if entry.document == number)
+
+    def passages(self, name: Name, record: Record, positions: list[int]) -> list[Passage]:
+        """The parts of documents that tokens at these positions of the stream were made of."""
+        placed = (
+            Placed(document.id, document.first_token, self.bytes_of(name, record, document.id).decode(errors="ignore"))
+            for document in record.documents
+        )
+        return passages(self._model.tokenizer, placed, positions)
 
     async def _take(self, live: Live, document: DocumentRecord, data: bytes) -> None:
         assert live.encoder is not None

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from segcore.errors import SegcoreError, Unavailable, WrongOffset
 from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
-from services.serving.messages import AnswerPart, UploadAck, check_name
+from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck, check_name
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +52,11 @@ class Engines:
             except Exception as error:
                 await patience.wait(as_segcore_error(error))
 
-    async def info(self) -> Any:
+    async def info(self) -> ServerInfo:
         """What the service runs and accepts."""
         try:
-            return await self._handle.info.remote()
+            made: ServerInfo = await self._handle.info.remote()
+            return made
         except Exception as error:
             raise as_segcore_error(error) from None
 
@@ -63,17 +64,23 @@ class Engines:
         self, tenant: str, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None
     ) -> UploadAck:
         """`Sessions.append`, until there is room. ends: when the caller's time is up, by the monotonic clock."""
-        where = (tenant, session_id, document_id)
-        try:
-            ack: UploadAck = await self.call("append", *where, offset, data, timeout_s=_left(ends))
-        except WrongOffset as error:
-            # Only the answer to an earlier try was lost.
-            if error.details.get("committed_offset") != str(offset + len(data)) or not data:
-                raise
-            ack = await self.call("append", *where, offset + len(data), b"", timeout_s=_left(ends))
-        while ack.waiting:
-            ack = await self.call("append", *where, ack.committed_offset, b"", timeout_s=_left(ends))
-        return ack
+        patience, tried, stop = _Patience(self._patience_s), False, str(offset + len(data))
+        while True:
+            try:
+                at = self._at(session_id)
+                where = (tenant, session_id, document_id, offset, data)
+                ack: UploadAck = await at.append.remote(*where, timeout_s=_left(ends))
+            except Exception as error:
+                known = as_segcore_error(error)
+                taken = isinstance(known, WrongOffset) and known.details.get("committed_offset") == stop
+                if not (tried and taken):  # else only the answer to the earlier try was lost
+                    await patience.wait(known)
+                    tried = True
+                    continue
+            else:
+                if not ack.waiting:
+                    return ack
+            offset, data = int(stop), b""
 
     async def finish(
         self,
@@ -116,21 +123,19 @@ class Engines:
         Without a request_id the answer ends when the iterator is closed.
         """
         named, ends = bool(request_id), None if timeout_s is None else time.monotonic() + timeout_s
-        request_id = request_id or uuid.uuid4().hex
-        patience, finished = _Patience(self._patience_s), False
+        request_id, finished = request_id or uuid.uuid4().hex, False
+
+        def begin(after: int) -> Any:
+            options: dict[str, Any] = {"request_id": request_id, "after": after, "slice_s": self._config.slice_s}
+            options |= {"timeout_s": _left(ends), "expected_generation": expected_generation}
+            at = self._at(session_id).options(stream=True)
+            return at.generate.remote(tenant, session_id, question, params, **options)
+
         try:
-            while not finished:
-                options: dict[str, Any] = {"request_id": request_id, "after": after, "slice_s": self._config.slice_s}
-                options |= {"timeout_s": _left(ends), "expected_generation": expected_generation}
-                stream = self._stream(tenant, session_id, question, params, options)
-                try:
-                    async with aclosing(stream) as parts:
-                        async for part in parts:
-                            patience = _Patience(self._patience_s)
-                            after, finished = part.token_index, part.finish_reason is not None
-                            yield part
-                except SegcoreError as error:
-                    await patience.wait(error)
+            async with aclosing(self._taken_up(begin, after)) as parts:
+                async for part in parts:
+                    finished = part.finish_reason is not None
+                    yield part
         except SegcoreError:
             finished = True  # as far as it can be
             raise
@@ -138,25 +143,45 @@ class Engines:
             if not (named or finished):
                 await self.call("cancel_answer", tenant, session_id)
 
-    async def _stream(
-        self, tenant: str, session_id: str, question: str, params: SamplingParams, options: dict[str, Any]
-    ) -> AsyncGenerator[AnswerPart]:
-        parts = (
-            self._at(session_id).options(stream=True).generate.remote(tenant, session_id, question, params, **options)
-        )
-        try:
+    async def complete(self, tenant: str, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[AnswerPart]:
+        """`Completions.complete`, over as many replicas as it takes: another one says the same from the beginning."""
+
+        def begin(after: int) -> Any:
+            at = self._handle.options(session_id=uuid.uuid4().hex, stream=True)
+            return at.complete.remote(tenant, prompt, params, after)
+
+        async with aclosing(self._taken_up(begin, 0)) as parts:
             async for part in parts:
                 yield part
-        except (SegcoreError, RayError, RayServeException) as error:
-            raise as_segcore_error(error) from None
-        finally:
-            parts.cancel()  # has no effect once it has ended
+
+    async def _taken_up(self, begin: Callable[[int], Any], after: int) -> AsyncGenerator[AnswerPart]:
+        """An answer's parts, taken up where a replica leaves it. begin: asks for those after so many tokens."""
+        patience, finished = _Patience(self._patience_s), False
+        while not finished:
+            try:
+                async with aclosing(_stream(begin(after))) as parts:
+                    async for part in parts:
+                        patience = _Patience(self._patience_s)
+                        after, finished = part.token_index, part.finish_reason is not None
+                        yield part
+            except SegcoreError as error:
+                await patience.wait(error)
 
     def _at(self, session_id: str) -> DeploymentHandle:
         if not session_id:
             return self._handle
         check_name("session_id", session_id)
         return self._handle.options(session_id=session_id)
+
+
+async def _stream(parts: Any) -> AsyncGenerator[AnswerPart]:
+    try:
+        async for part in parts:
+            yield part
+    except (SegcoreError, RayError, RayServeException) as error:
+        raise as_segcore_error(error) from None
+    finally:
+        parts.cancel()  # has no effect once it has ended
 
 
 class _Patience:

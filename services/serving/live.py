@@ -175,6 +175,15 @@ class Lives:
         )
         live.trusted, live.entries, live.tokens = True, after, tokens
 
+    @asynccontextmanager
+    async def room(self, name: Name) -> AsyncIterator[None]:
+        """Room in the engine for a stream that is no session. Raises Busy."""
+        await self._make_room(name)
+        try:
+            yield
+        finally:
+            self._loading.discard(name)
+
     async def let_go(self, live: Live) -> None:
         """Take a session out of the engine, which frees its slot within one step."""
         if live.resident:

@@ -75,10 +75,34 @@ class UploadAck:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A part of a document, in bytes of its UTF-8 [start, end), and of how many tokens it was made."""
+
+    document_id: str
+    start_byte: int
+    end_byte: int
+    tokens: int
+
+
+# What an answer is asked of, apart from sessions: a text as it is, tokens, or messages of a chat, (role, content).
+Prompt = str | list[int] | list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer as text, its natural log-probability, and the likeliest ones there."""
+
+    text: str
+    logprob: float
+    likeliest: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswerPart:
     """Some text of an answer; the last part has a finish reason, the counts of tokens, and the session's generation.
 
     token_index: how many of the answer's tokens all text so far stands for: where to go on after a break.
+    logprobs: of the tokens since the part before, if asked for.
     """
 
     text: str
@@ -86,6 +110,7 @@ class AnswerPart:
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
     generation: int = 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import asdict
 
 from segcore.engine.engine import Engine
@@ -31,6 +31,7 @@ from services.serving.live import Live, Lives
 from services.serving.messages import (
     AnswerPart,
     DocumentInfo,
+    Passage,
     SessionInfo,
     SessionPage,
     UploadAck,
@@ -263,6 +264,24 @@ class Sessions:
         name = _name(tenant, session_id)
         stored = await self._read(name)
         return await self._lives.run(self._documents.bytes_of, name, Record.read(stored.record), document_id)
+
+    async def passages(self, tenant: str, session_id: str) -> list[Passage]:
+        """The parts of documents that were last retrieved; none if the session isn't in the engine just now."""
+        name = _name(tenant, session_id)
+        stored = await self._read(name)
+        live = self._lives.find(name)
+        if live is None or not live.resident:
+            return []
+        record, positions = Record.read(stored.record), await asyncio.to_thread(self._engine.retrieved, live.key)
+        return await self._lives.run(self._documents.passages, name, record, positions)
+
+    async def count(self, tenant: str, most: int) -> int:
+        """How many sessions there are, but at most `most`."""
+        return len(await self._lives.run(self._directory.names, tenant, "", most))
+
+    def room(self, tenant: str, name: str) -> AbstractAsyncContextManager[None]:
+        """Room in the engine for a stream that is no session. Raises Busy."""
+        return self._lives.room(Name(tenant, name))
 
     async def generate(
         self,

@@ -19,6 +19,7 @@ _TRAILER = "grpc-status-details-bin"
 # The first class that matches decides, so the special stands before the general.
 _CODES: list[tuple[type[errors.SegcoreError], grpc.StatusCode]] = [
     (errors.InvalidInput, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (errors.UnsupportedModel, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.NotFound, grpc.StatusCode.NOT_FOUND),
     (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
@@ -52,7 +53,7 @@ def trailers_of(error: errors.SegcoreError) -> list[tuple[str, bytes]]:
     status.details.add().Pack(info)
     if "retry_after_s" in error.details:
         retry = RetryInfo()
-        retry.retry_delay.FromMilliseconds(int(1000 * float(error.details["retry_after_s"])))
+        retry.retry_delay.FromMilliseconds(round(float(error.details["retry_after_s"]) * 1000))
         status.details.add().Pack(retry)
     return [(_TRAILER, status.SerializeToString())]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,11 @@ from segcore.errors import SegcoreError
 from segcore.sampling import SamplingParams
 from segcore.weights import LoadedModel
 from services.serving.config import ServeConfig
+from services.serving.engine_deployment import EngineDeployment
 from services.serving.messages import AnswerPart
 from services.serving.session import Sessions
 from tests.conftest import SERVED_SEGMENT
+from tests.services.serving.fronts import Loop, Replica, RunningFront
 
 # Some 1,100 tokens: 17 segments. Characters of several bytes fall on the borders of messages.
 DOCUMENT = "".join(f"Entry {i}: the café at № {i * 7919 % 10007}.\n" for i in range(36)).encode()
@@ -113,3 +115,54 @@ async def undisturbed(replica: Callable[..., Sessions], tmp_path: Path) -> Calla
         return [await ask(alone, params=params), await ask(alone, params=params)]
 
     return texts
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def engine(loop: Loop, model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineDeployment]:
+    """What one replica runs, without Ray."""
+    folder = tmp_path_factory.mktemp("engine")
+    config = ServeConfig(
+        model=str(model_directory),
+        dtype="float32",
+        device="cpu",
+        threads=1,
+        segment=SERVED_SEGMENT,
+        chunk_tokens=64,
+        past_directory=folder / "past-kv",
+        sessions=str(folder / "sessions.sqlite"),
+        max_sessions=8,
+        max_session_tokens=4000,
+        max_document_bytes=10_000,
+        max_data_bytes=4096,
+        window_bytes=1024,
+    )
+
+    async def make() -> EngineDeployment:
+        return Replica(config)
+
+    made = loop.call(make())
+    yield made
+    loop.call(made._sessions.drain())
+    made._engine.check_integrity()
+    loop.call(made.end())
+
+
+@pytest.fixture(scope="module")
+def front(loop: Loop, engine: EngineDeployment) -> Iterator[Callable[..., RunningFront]]:
+    """Makes fronts before it; changes are of the configuration."""
+    made: list[RunningFront] = []
+
+    def make(**changes: object) -> RunningFront:
+        made.append(RunningFront(loop, engine, engine._config.model_copy(update=changes)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

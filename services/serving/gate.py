@@ -1,0 +1,123 @@
+"""What stands between callers and engines, whichever protocol they speak."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ray.serve import context as serve_context
+from ray.serve.handle import DeploymentHandle
+
+from segcore.errors import Busy, Cancelled, SegcoreError
+from segcore.sampling import SamplingParams
+from services.serving.config import ServeConfig
+from services.serving.engines import Engines, as_segcore_error
+from services.serving.logs import log_fields
+from services.serving.messages import AnswerPart, Prompt, UploadAck
+from services.serving.metrics import METER
+from services.serving.status import code_of
+from services.serving.tenants import OPEN, Quotas, Tenant, Tenants
+from services.serving.tracing import span
+
+log = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+@dataclass
+class Call:
+    """One call. error: what ended it."""
+
+    tenant: Tenant = OPEN
+    request_id: str = ""
+    error: SegcoreError | None = None
+
+
+class Gate:
+    """Admits callers, and finds the engine of a session. Stateless but for what tenants have used of their limits."""
+
+    def __init__(self, engine: DeploymentHandle, config: ServeConfig) -> None:
+        """Raises ConfigError for a tenants' file that can't be used."""
+        # Answers come over gRPC, not through the object store: a fraction of the time for each part.
+        self.engines, self.config = Engines(engine.options(_by_reference=False), config), config
+        self._tenants, self._quotas = Tenants(config.tenants), Quotas(config.fronts)
+
+    def admit(self, authorization: str | None) -> Tenant:
+        """Who calls, if the token is known and its tenant may make one more call. Raises Unauthenticated, Busy."""
+        tenant = self._tenants.authenticate(authorization)
+        self._quotas.take(tenant, "requests")
+        return tenant
+
+    @contextmanager
+    def call(self, face: str, method: str, headers: Mapping[str, str], session_id: str = "") -> Iterator[Call]:
+        """Around one call: it is admitted, measured, traced and logged. Raises as `admit` does.
+
+        Whatever ends the call goes through; `Call.error` is what the client is told of it.
+        """
+        call, began = Call(), time.monotonic()
+        request_id = headers.get("x-request-id") or headers.get("request_id") or ""
+        call.request_id = request_id if _REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
+        serve_context._set_request_context(request_id=call.request_id)  # replicas' logs have it, too
+        fields = {"request_id": call.request_id, "session_id": headers.get("session_id") or session_id}
+        with log_fields(**fields), span(f"{face} {method}", headers, **fields):
+            try:
+                call.tenant = self.admit(headers.get("authorization"))
+                yield call
+            except Exception as error:
+                call.error = as_segcore_error(error)
+                raise
+            except BaseException:
+                call.error = Cancelled("the caller left")
+                raise
+            finally:
+                self._ended(call, face, method, time.monotonic() - began)
+
+    def _ended(self, call: Call, face: str, method: str, seconds: float) -> None:
+        code = "OK" if call.error is None else code_of(call.error).name
+        METER.count("segcore_requests", face=face, method=method, code=code)
+        METER.observe("segcore_request_seconds", seconds, face=face, method=method)
+        if call.error is not None and "fields" in call.error.details:
+            METER.count("segcore_fingerprint_refusals")
+        told = {"face": face, "method": method, "code": code, "seconds": round(seconds, 4), "tenant": call.tenant.name}
+        log.info("call", extra={"fields": told})
+
+    async def check_sessions(self, tenant: Tenant) -> None:
+        """Raise Busy if the tenant has as many sessions as it may."""
+        if tenant.sessions is not None:
+            count = await self.engines.call("count", tenant.name, most=tenant.sessions)
+            if count >= tenant.sessions:
+                raise Busy(f"all {tenant.sessions} sessions are in use; delete one")
+
+    async def append(
+        self, tenant: Tenant, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None
+    ) -> UploadAck:
+        """Bytes of a document, within the tenant's limit. Raises Busy, and what `Engines.append` raises."""
+        self._quotas.take(tenant, "bytes", len(data))
+        ack = await self.engines.append(tenant.name, session_id, document_id, offset, data, ends)
+        METER.count("segcore_uploaded_bytes", len(data))
+        return ack
+
+    async def answer(
+        self, tenant: Tenant, session_id: str, question: str, params: SamplingParams, **options: Any
+    ) -> AsyncGenerator[AnswerPart]:
+        """A session's answer, within the tenant's limit; options: those of `Engines.generate`."""
+        self._quotas.take(tenant, "tokens", 0)
+        answer = self.engines.generate(tenant.name, session_id, question, params, **options)
+        async with aclosing(answer) as parts:
+            async for part in parts:
+                self._quotas.charge(tenant, "tokens", part.answer_tokens)
+                yield part
+
+    async def complete(self, tenant: Tenant, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[AnswerPart]:
+        """The answer to a prompt that stands for itself, within the tenant's limit."""
+        self._quotas.take(tenant, "tokens", 0)
+        async with aclosing(self.engines.complete(tenant.name, prompt, params)) as parts:
+            async for part in parts:
+                self._quotas.charge(tenant, "tokens", part.prompt_tokens + part.answer_tokens)
+                yield part
