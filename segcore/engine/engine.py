@@ -65,6 +65,15 @@ class EngineStats:
     faults: dict[str, int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """What an engine has to do: sessions open, those at work, and their tokens that wait to be run."""
+
+    sessions: int
+    working: int
+    waiting_tokens: int
+
+
 class Engine:
     """Runs streams of tokens through F. Start it by creating it; end it with `shutdown`."""
 
@@ -257,6 +266,15 @@ class Engine:
                 engine_bytes=engine_bytes(self.spec.device, past),
                 past_bytes=past,
                 faults=dict(self._past.faults),
+            )
+
+    def load(self) -> EngineLoad:
+        with self._changed:
+            working = [s for s in self._sessions.values() if s.next_step(self.config) is not Step.IDLE]
+            return EngineLoad(
+                sessions=len(self._sessions),
+                working=len(working),
+                waiting_tokens=sum(session.appended - session.state.length for session in working),
             )
 
     def check_integrity(self, timeout_s: float = 60) -> None:

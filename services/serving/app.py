@@ -1,9 +1,11 @@
-"""The application: an ingress in front of engines."""
+"""The application: an ingress in front of engines. `cluster/serve.yaml` names `build`, `segcore serve` calls it."""
 
-from __future__ import annotations
+# Without postponed annotations: Serve reads off `build` what a configuration file's `args` are.
+
+from typing import Any
 
 from ray import serve
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from services.serving.config import ServeConfig
 from services.serving.engine_deployment import EngineDeployment
@@ -13,7 +15,7 @@ APPLICATION = "segcore"
 _STUBS = "protos.gen.segcore.v1.segcore_pb2_grpc"
 _SERVICES = ("SessionService", "DocumentService", "GenerationService", "InfoService")
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
-
+_POLICY = "services.serving.autoscaling:LoadPolicy"
 
 # A request is short, or waits on the engine without holding anything, so Serve's own limit must not come first.
 _MAX_ONGOING = 10_000
@@ -24,7 +26,7 @@ def build(config: ServeConfig) -> serve.Application:
     config.engine_config()  # a configuration that can't work fails here, not in a replica
     engine = serve.deployment(
         name="engine",
-        num_replicas=config.replicas,
+        **_replicas(config),
         max_ongoing_requests=_MAX_ONGOING,
         ray_actor_options={"num_cpus": 1, "num_gpus": config.gpus_per_replica},
         request_router_config=RequestRouterConfig(
@@ -35,6 +37,25 @@ def build(config: ServeConfig) -> serve.Application:
         Ingress
     )
     return ingress.bind(engine.bind(config), config)
+
+
+def _replicas(config: ServeConfig) -> dict[str, Any]:
+    """How many engines, or between which numbers and by what."""
+    scaling = config.autoscaling
+    if scaling is None:
+        return {"num_replicas": config.replicas}
+    load = {"slots": config.slots, "waiting_tokens": scaling.waiting_tokens, "max_sessions": config.max_sessions}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.replicas,
+            max_replicas=scaling.max_replicas,
+            metrics_interval_s=min(10, scaling.look_back_s / 3),
+            look_back_period_s=scaling.look_back_s,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+            policy=AutoscalingPolicy(policy_function=_POLICY, policy_kwargs=load),
+        )
+    }
 
 
 def servicer_functions() -> list[str]:

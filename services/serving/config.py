@@ -14,6 +14,22 @@ from segcore.errors import ConfigError
 from segcore.presets import DEFAULT_MODEL, cache_directory, model_segment
 
 
+class AutoscalingSettings(BaseModel):
+    """Replicas by load, between `ServeConfig.replicas` and max_replicas.
+
+    waiting_tokens: how many may wait on a replica. The load is averaged over look_back_s, and must be beyond what there
+    is for as long as the delays before replicas come or go.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_replicas: int = Field(ge=1)
+    waiting_tokens: int = Field(default=65_536, ge=1)
+    look_back_s: float = Field(default=30, gt=0)
+    upscale_delay_s: float = Field(default=30, ge=0)
+    downscale_delay_s: float = Field(default=600, ge=0)
+
+
 class ServeConfig(BaseModel):
     """A segcore service.
 
@@ -22,6 +38,7 @@ class ServeConfig(BaseModel):
     heads: a file that `segcore heads`, or the training of gates, wrote for the model; None: what is shipped for it, if
     anything.
     threads: torch's, None for its own choice.
+    replicas: engines, the least number of them with `autoscaling`.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
     address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.
     window_bytes: what a client may send beyond what is committed; it bounds what waits when the last byte is sent, and
@@ -39,6 +56,7 @@ class ServeConfig(BaseModel):
     heads: Path | None = None
     chunk_tokens: int = Field(default=1024, ge=1)
     replicas: int = Field(default=1, ge=1)
+    autoscaling: AutoscalingSettings | None = None
     gpus_per_replica: float = Field(default=0, ge=0)
     host: str = "127.0.0.1"
     grpc_port: int = Field(default=9100, ge=0, le=65535)

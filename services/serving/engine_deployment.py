@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
 
 import segcore
@@ -30,6 +31,10 @@ class EngineDeployment:
     def check_health(self) -> None:
         if not self._engine.alive:
             raise Unavailable("the engine's thread has ended")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `LoadPolicy` goes by; Serve asks for it."""
+        return dataclasses.asdict(self._engine.load())
 
     def __del__(self) -> None:
         if hasattr(self, "_engine"):

@@ -1,0 +1,70 @@
+"""cluster/serve.yaml, read by Serve's own schema, is the application that `segcore serve` runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray._common.utils import import_attr
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve._private.build_app import build_app
+from ray.serve.schema import ServeDeploySchema
+
+from services.serving.app import APPLICATION, build, servicer_functions
+from services.serving.config import ServeConfig
+
+FILE = Path(__file__).parents[2] / "cluster" / "serve.yaml"
+
+
+@pytest.fixture
+def schema() -> ServeDeploySchema:
+    return ServeDeploySchema.model_validate(yaml.safe_load(FILE.read_text()))
+
+
+def deployments(application: Any) -> dict[str, Any]:
+    """What Serve would deploy, by name: class, settings, resources, arguments."""
+    built = build_app(application, name=APPLICATION, make_deployment_handle=lambda deployment, app: deployment.name)
+    return {
+        deployment.name: (
+            deployment.func_or_class,
+            deployment._deployment_config,
+            deployment.ray_actor_options,
+            deployment.init_args,
+        )
+        for deployment in built.deployments
+    }
+
+
+def test_it_is_the_application_that_segcore_serve_runs(schema):
+    (application,) = schema.applications
+    config = ServeConfig(**application.args)
+    from_file = call_user_app_builder_with_args_if_necessary(import_attr(application.import_path), application.args)
+    assert deployments(from_file) == deployments(build(config))
+    assert config.replicas > 1
+
+
+def test_its_name_services_and_ports_are_those_of_segcore_serve(schema):
+    (application,) = schema.applications
+    plain = ServeConfig()
+    assert application.name == APPLICATION
+    assert schema.grpc_options.grpc_servicer_functions == servicer_functions()
+    assert (schema.grpc_options.port, schema.http_options.port) == (plain.grpc_port, plain.http_port)
+    for path in schema.grpc_options.grpc_servicer_functions:
+        assert callable(import_attr(path))
+
+
+def test_it_only_places_what_the_application_has(schema):
+    (application,) = schema.applications
+    built = deployments(build(ServeConfig(**application.args)))
+    for override in application.deployments:
+        assert override.name in built
+        assert override.model_fields_set <= {"name", "num_replicas", "max_replicas_per_node"}
+
+
+def test_a_misspelt_setting_is_refused(schema):
+    (application,) = schema.applications
+    builder = import_attr(application.import_path)
+    with pytest.raises(ValueError, match="replicass"):
+        call_user_app_builder_with_args_if_necessary(builder, {"replicass": 2})
