@@ -28,14 +28,21 @@ def build(config: ServeConfig) -> serve.Application:
         name="engine",
         **_replicas(config),
         max_ongoing_requests=_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 1, "num_gpus": config.gpus_per_replica},
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": config.gpus_per_replica,
+            "resources": config.engine_resources,
+        },
         request_router_config=RequestRouterConfig(
             request_router_class=_ROUTER, request_router_kwargs={"num_fallback_replicas": 0}
         ),
     )(EngineDeployment)
-    ingress = serve.deployment(name="ingress", max_ongoing_requests=_MAX_ONGOING, ray_actor_options={"num_cpus": 0.1})(
-        Ingress
-    )
+    ingress = serve.deployment(
+        name="ingress",
+        num_replicas=config.fronts,
+        max_ongoing_requests=_MAX_ONGOING,
+        ray_actor_options={"num_cpus": 0.1, "resources": config.front_resources},
+    )(Ingress)
     return ingress.bind(engine.bind(config), config)
 
 

@@ -38,7 +38,9 @@ class ServeConfig(BaseModel):
     heads: a file that `segcore heads`, or the training of gates, wrote for the model; None: what is shipped for it, if
     anything.
     threads: torch's, None for its own choice.
-    replicas: engines, the least number of them with `autoscaling`.
+    replicas: engines, the least number of them with `autoscaling`. fronts: replicas of the tier before them.
+    front_resources, engine_resources: Ray's custom resources that each takes, and so on which nodes it runs; `segcore
+    serve`, on one node, leaves them out.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
     address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.
     window_bytes: what a client may send beyond what is committed; it bounds what waits when the last byte is sent, and
@@ -58,6 +60,9 @@ class ServeConfig(BaseModel):
     replicas: int = Field(default=1, ge=1)
     autoscaling: AutoscalingSettings | None = None
     gpus_per_replica: float = Field(default=0, ge=0)
+    fronts: int = Field(default=1, ge=1)
+    front_resources: dict[str, float] = {}
+    engine_resources: dict[str, float] = {}
     host: str = "127.0.0.1"
     grpc_port: int = Field(default=9100, ge=0, le=65535)
     http_port: int = Field(default=8100, ge=0, le=65535)

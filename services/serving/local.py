@@ -69,7 +69,7 @@ def cause(report: str) -> SegcoreError:
 
 
 def _with_resources(config: ServeConfig) -> ServeConfig:
-    """Fill in what is left to this machine: free ports, and its cores shared between the replicas.
+    """Fill in what is left to this machine: free ports, and its cores shared between the replicas; all on one node.
 
     Ray would otherwise set each replica to as many threads as the CPUs it reserves.
     """
@@ -78,6 +78,8 @@ def _with_resources(config: ServeConfig) -> ServeConfig:
         update={
             "grpc_port": config.grpc_port or _free_port(),
             "http_port": config.http_port or _free_port(),
+            "front_resources": {},
+            "engine_resources": {},
             "threads": config.threads or max(1, cores // config.replicas),
         }
     )
