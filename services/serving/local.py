@@ -29,9 +29,9 @@ def local_service(config: ServeConfig) -> Iterator[str]:
 
     from services.serving.app import APPLICATION, build, servicer_functions
 
-    config = _with_resources(config)
-    application = build(config)
     own_ray = not ray.is_initialized()
+    config = _with_resources(config, one_node=own_ray)
+    application = build(config)
     if own_ray:
         ray.init(
             num_cpus=max(psutil.cpu_count() or 1, config.replicas + 1),
@@ -68,18 +68,20 @@ def cause(report: str) -> SegcoreError:
     return kind(message)
 
 
-def _with_resources(config: ServeConfig) -> ServeConfig:
-    """Fill in what is left to this machine: free ports, and its cores shared between the replicas; all on one node.
+def _with_resources(config: ServeConfig, *, one_node: bool) -> ServeConfig:
+    """Fill in what is left to this machine: free ports, and its cores shared between the replicas.
+
+    one_node: whether replicas have no choice of nodes.
 
     Ray would otherwise set each replica to as many threads as the CPUs it reserves.
     """
     cores = psutil.cpu_count(logical=False) or 1
+    anywhere = {"front_resources": {}, "engine_resources": {}} if one_node else {}
     return config.model_copy(
-        update={
+        update=anywhere
+        | {
             "grpc_port": config.grpc_port or _free_port(),
             "http_port": config.http_port or _free_port(),
-            "front_resources": {},
-            "engine_resources": {},
             "threads": config.threads or max(1, cores // config.replicas),
         }
     )
