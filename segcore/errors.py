@@ -5,6 +5,7 @@ SegcoreError
 │   ├── ConfigError         a configuration that can't work
 │   ├── InvalidDocument     bytes that aren't a text document
 │   └── InvalidRequest      a parameter of a request
+├── Unauthenticated         who calls isn't known here
 ├── UnsupportedModel        a model that can't be run exactly
 ├── NotFound                a session, document or model that isn't there
 ├── Conflict                the caller's view is out of date; read again, then retry
@@ -16,6 +17,9 @@ SegcoreError
 │   └── Busy                the same call can succeed later
 ├── NonFiniteLoss           a loss, or its gradient, isn't finite; no weight was updated
 ├── Unavailable             what would do the work is going away or unreachable; try again
+│   └── LeaseLost           another replica continues the session
+├── DeadlineExceeded        the caller's time was up; what was done stays done
+├── SessionLost             what was stored of a session is damaged, tokens and all
 ├── Cancelled               the caller, or the service's shutdown, ended the work
 └── PastKVError             past KV that can't be stored or trusted
     ├── BlockMissing        a block isn't where it was put
@@ -64,6 +68,10 @@ class InvalidRequest(InvalidInput):
     """A parameter of a request is out of range."""
 
 
+class Unauthenticated(SegcoreError):
+    """Who calls isn't known here: no token, or a wrong one."""
+
+
 class UnsupportedModel(SegcoreError):
     """The model can't be run exactly; the message names the architecture and the reason."""
 
@@ -97,7 +105,7 @@ class LimitExceeded(SegcoreError):
 
 
 class Busy(LimitExceeded):
-    """Full just now; the same call can succeed later."""
+    """Full just now; the same call can succeed later, if known in `retry_after_ms` (a detail)."""
 
 
 class NonFiniteLoss(SegcoreError):
@@ -106,6 +114,18 @@ class NonFiniteLoss(SegcoreError):
 
 class Unavailable(SegcoreError):
     """What would do the work is going away or unreachable; try again."""
+
+
+class LeaseLost(Unavailable):
+    """Another replica has taken the session over; a call that is made again reaches it there."""
+
+
+class DeadlineExceeded(SegcoreError):
+    """The time that the caller gave was up. What was done stays done; the details say how far it came."""
+
+
+class SessionLost(SegcoreError):
+    """What was stored of a session is damaged or gone, its tokens too."""
 
 
 class Cancelled(SegcoreError):

@@ -10,7 +10,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, NamedTuple, cast
 
@@ -76,6 +76,10 @@ class TextTokenizer:
             ends += [first + end for _, end in made.offsets]
             first = stop
         return Tokens(tokens, starts, ends)
+
+    def decode_token(self, token: int) -> str:
+        """A token's text by itself; where it is a part of a character, the replacement sign."""
+        return cast(str, self.tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False))
 
     def encode_template(self, text: str) -> list[int]:
         """Tokens of a chat template's own text: special tokens count as such."""
@@ -218,10 +222,8 @@ class ChatFormat:
         """
         tokenizer, separator = text.tokenizer, text.encode_continuation("\n\n")
         if tokenizer.chat_template is None:
-            added = tokenizer("", verbose=False)["input_ids"]
-            eos = tokenizer.eos_token_id
-            head = [] if system is None else [*text.encode(system), *separator]
-            return cls([*(cast(int, t) for t in added if t != eos), *head], [], [], [], separator)
+            bare = cls.bare(text)
+            return bare if system is None else replace(bare, head=[*bare.head, *text.encode(system), *separator])
         zero, one, answer, two = "<<segcore-0>>", "<<segcore-1>>", "<<segcore-2>>", "<<segcore-3>>"
         first = [] if system is None else [_message("system", zero)]
         opened = [*first, _message("user", one)]
@@ -242,6 +244,13 @@ class ChatFormat:
             end_of_answer=text.encode_template(whole.split(answer)[1].split(two)[0]),
             separator=separator,
         )
+
+    @classmethod
+    def bare(cls, text: TextTokenizer) -> ChatFormat:
+        """Without a template: texts as they are, behind what the tokenizer begins every text with."""
+        added = cast(list[int], text.tokenizer("", verbose=False)["input_ids"])
+        head = [token for token in added if token != text.tokenizer.eos_token_id]
+        return cls(head, [], [], [], text.encode_continuation("\n\n"))
 
     def prompt_tail(self, question: Sequence[int]) -> tuple[list[int], list[int]]:
         """The tokens before and after the turn mark that end a user's turn with `question`."""

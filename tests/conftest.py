@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from transformers import (
 
 from segcore.config import Cell, LtriConfig, SegmentedConfig
 from segcore.model import CausalLM
+from tests.redis_server import RedisServer
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
 
 VOCABULARY = 300
@@ -124,3 +128,35 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def _redis_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    if shutil.which("redis-server") is None:
+        pytest.fail("redis-server isn't installed: make redis")
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def redis_server(_redis_session: RedisServer) -> RedisServer:
+    """The session's server, empty."""
+    with _redis_session.client() as client:
+        client.flushall()
+    return _redis_session
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that the test may do anything to."""
+    if shutil.which("redis-server") is None:
+        pytest.fail("redis-server isn't installed: make redis")
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    server = RedisServer(folder)
+    server.start()
+    yield server
+    server.signal(signal.SIGCONT)
+    server.kill()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from segcore.config import EngineConfig
+from segcore.engine.replay import block_keys, journal_of
 from segcore.engine.request import Flush, Generation, Mark, Session, Step
 from segcore.engine.runner import Runner
 from segcore.engine.scheduler import Scheduler
@@ -32,6 +33,7 @@ from segcore.errors import (
     LimitExceeded,
     NotFound,
     PastKVError,
+    SegcoreError,
 )
 from segcore.fingerprint import Fingerprint, segment_json, weights_digest
 from segcore.memory import engine_bytes
@@ -207,6 +209,30 @@ class Engine:
             past.journal = snapshot.journal
             self._continue(session_id, snapshot, past)
 
+    def replay(self, session_id: str, tokens: Sequence[int], stops: Sequence[int], *, tenant: str = "") -> None:
+        """Open a session that continues a stream of which nothing is left but its tokens; stops: see `journal_of`.
+
+        Blocks that stand anywhere are taken up; what lacks is run again, in the same passes. An answer that had `n`
+        tokens goes on with `generate` of a generation whose `tokens` is n. Raises AlreadyExists, Busy.
+        """
+        with self._changed:
+            self._check_new(session_id)
+            past = self._past.open_stream(self._runner.policy.layout, tenant)
+        past.journal = journal = journal_of(tokens, stops, self.config)
+        size = self.config.segment.segment_tokens
+        keys = [] if self.past_layout is None else block_keys(journal, past.root, size)
+        rest = deque(tokens[len(journal.tokens) :])
+        # Tiers may be slow, so the engine goes on meanwhile.
+        session, state = self._continued(session_id, Snapshot(past.root, journal, tuple(keys), rest, (), None), past)
+        with self._changed:
+            try:
+                self._check_new(session_id)
+            except SegcoreError:
+                past.truncate(0)
+                raise
+            self._place(session, state)
+            self._add(session)
+
     def rewind(self, session_id: str, tokens: int) -> None:
         """Go back to where the stream had `tokens` tokens, the end of a closed segment or 0; forget what came after.
 
@@ -327,7 +353,12 @@ class Engine:
         return Snapshot(past.root, past.journal.copy(), past.keys, session.pending.copy(), marks, tensors)
 
     def _continue(self, session_id: str, snapshot: Snapshot, past: SessionPast) -> None:
-        """A new session that continues a snapshot; none, if that fails."""
+        session, state = self._continued(session_id, snapshot, past)
+        self._place(session, state)
+        self._add(session)
+
+    def _continued(self, session_id: str, snapshot: Snapshot, past: SessionPast) -> tuple[Session, State]:
+        """A new session that continues a snapshot, and its state; what `past` holds is let go of if that fails."""
         session = Session(session_id, past, State([]), pending=snapshot.pending)
         session.appended = len(past.journal.tokens) + len(session.pending)
         session.controls.extend((position, Mark()) for position in snapshot.marks)
@@ -336,8 +367,7 @@ class Engine:
         except Exception:
             past.truncate(0)
             raise
-        self._place(session, state)
-        self._add(session)
+        return session, state
 
     @torch.inference_mode()
     def _regained(self, session: Session, snapshot: Snapshot) -> tuple[State, Tensor | None]:

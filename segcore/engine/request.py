@@ -13,7 +13,7 @@ from torch import Tensor
 from segcore.config import EngineConfig
 from segcore.errors import SegcoreError
 from segcore.pastkv.session import SessionPast
-from segcore.sampling import FinishReason, SamplingParams
+from segcore.sampling import FinishReason, Logprobs, SamplingParams
 from segcore.segments import tokens_to_next_cut
 from segcore.state import State
 
@@ -32,12 +32,16 @@ class Mark:
 
 @dataclass
 class Generation:
-    """An answer. `on_token` runs on the engine's thread for each token and returns True to end the answer with it."""
+    """An answer. `on_token` runs on the engine's thread for each token and returns True to end the answer with it.
+
+    logprobs: the token's, before `on_token` is called, if the parameters ask for them.
+    """
 
     params: SamplingParams
     on_token: Callable[[int], bool]
     done: Future[FinishReason] = field(default_factory=Future)
     tokens: int = 0
+    logprobs: Logprobs | None = None
     aborted: bool = False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from segcore.sampling import SamplingParams
+from segcore.sampling import Logprobs, SamplingParams
 
 
 def sample(logits_V: Tensor, params: SamplingParams, index: int) -> int:
@@ -22,6 +22,13 @@ def sample(logits_V: Tensor, params: SamplingParams, index: int) -> int:
     probabilities = probabilities[kept].cpu()
     generator = torch.Generator().manual_seed(_mix(params.seed, index))
     return int(tokens[int(torch.multinomial(probabilities, 1, generator=generator))])
+
+
+def logprobs(logits_V: Tensor, token: int, likeliest: int) -> Logprobs:
+    """Of `token` and of the `likeliest` ones."""
+    logprobs_V = logits_V.double().log_softmax(dim=-1)
+    values, tokens = logprobs_V.topk(min(likeliest, logits_V.shape[-1]))
+    return Logprobs(token, float(logprobs_V[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
 
 
 def _mix(seed: int, index: int) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from segcore.config import EngineConfig
 from segcore.engine.request import Flush, Generation, Mark, Session, Step
 from segcore.engine.runner import Runner
-from segcore.engine.sampler import sample
+from segcore.engine.sampler import logprobs, sample
 from segcore.engine.snapshot import pack, unpack
 from segcore.errors import PastKVError, SegcoreError, SessionFailed, StorageFull
 from segcore.sampling import FinishReason
@@ -144,6 +144,8 @@ class Steps:
             session.appended += 1
         token = sample(session.logits_V, generation.params, generation.tokens)
         generation.tokens += 1
+        if generation.params.logprobs is not None:
+            generation.logprobs = logprobs(session.logits_V, token, generation.params.logprobs)
         stop = generation.on_token(token)
         with self._changed:
             full = session.appended >= self._max_tokens

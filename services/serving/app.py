@@ -1,4 +1,4 @@
-"""The application: an ingress in front of engines. `cluster/serve.yaml` names `build`, `segcore serve` calls it."""
+"""The application: fronts, and engines behind them. `cluster/serve.yaml` names `build`, `segcore serve` calls it."""
 
 # Without postponed annotations: Serve reads off `build` what a configuration file's `args` are.
 
@@ -9,20 +9,26 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 
 from services.serving.config import ServeConfig
 from services.serving.engine_deployment import EngineDeployment
-from services.serving.ingress import Ingress
+from services.serving.front import Front
+from services.serving.ingress import SERVICES
 
 APPLICATION = "segcore"
-_STUBS = "protos.gen.segcore.v1.segcore_pb2_grpc"
-_SERVICES = ("SessionService", "DocumentService", "GenerationService", "InfoService")
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 _POLICY = "services.serving.autoscaling:LoadPolicy"
 
 # A request is short, or waits on the engine without holding anything, so Serve's own limit must not come first.
 _MAX_ONGOING = 10_000
+# One event loop for requests, routing and our code, and messages between replicas by gRPC: benchmarks/front.py has what
+# that is worth.
+_QUICK = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+}
 
 
 def build(config: ServeConfig) -> serve.Application:
-    """Ingress in front of engines; a session's calls all reach the same engine replica. Raises ConfigError."""
+    """Fronts and engines; a session's calls all reach the same engine replica. Raises ConfigError."""
     config.engine_config()  # a configuration that can't work fails here, not in a replica
     engine = serve.deployment(
         name="engine",
@@ -32,6 +38,7 @@ def build(config: ServeConfig) -> serve.Application:
             "num_cpus": 1,
             "num_gpus": config.gpus_per_replica,
             "resources": config.engine_resources,
+            "runtime_env": {"env_vars": _QUICK},
         },
         request_router_config=RequestRouterConfig(
             request_router_class=_ROUTER, request_router_kwargs={"num_fallback_replicas": 0}
@@ -41,8 +48,12 @@ def build(config: ServeConfig) -> serve.Application:
         name="ingress",
         num_replicas=config.fronts,
         max_ongoing_requests=_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0.1, "resources": config.front_resources},
-    )(Ingress)
+        ray_actor_options={
+            "num_cpus": 0.1,
+            "resources": config.front_resources,
+            "runtime_env": {"env_vars": _QUICK},
+        },
+    )(Front)
     return ingress.bind(engine.bind(config), config)
 
 
@@ -67,4 +78,4 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
 
 def servicer_functions() -> list[str]:
     """What Serve's gRPC proxy needs to know our services."""
-    return [f"{_STUBS}.add_{service}Servicer_to_server" for service in _SERVICES]
+    return [f"{add.__module__}.{add.__name__}" for add in SERVICES.values()]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segcore.adapter import Adapter
 from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig
@@ -38,11 +38,15 @@ class ServeConfig(BaseModel):
     heads: a file that `segcore heads`, or the training of gates, wrote for the model; None: what is shipped for it, if
     anything.
     threads: torch's, None for its own choice.
-    replicas: engines, the least number of them with `autoscaling`. fronts: replicas of the tier before them.
+    replicas: engines, the least number of them with `autoscaling`.
     front_resources, engine_resources: Ray's custom resources that each takes, and so on which nodes it runs; `segcore
     serve`, on one node, leaves them out.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
     address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.
+    host, grpc_port, http_port: where each front listens, over TLS if there is a certificate (PEM files); with
+    tls_client_ca clients need a certificate that it signed. serve_grpc_port: Serve's own proxy beside it, without TLS.
+    fronts: how many there are; one a node.
+    tenants: a file of who may call (see tenants.py); None: everybody, as one tenant.
     window_bytes: what a client may send beyond what is committed; it bounds what waits when the last byte is sent, and
     so the time to the first token.
     """
@@ -60,12 +64,18 @@ class ServeConfig(BaseModel):
     replicas: int = Field(default=1, ge=1)
     autoscaling: AutoscalingSettings | None = None
     gpus_per_replica: float = Field(default=0, ge=0)
-    fronts: int = Field(default=1, ge=1)
     front_resources: dict[str, float] = {}
     engine_resources: dict[str, float] = {}
     host: str = "127.0.0.1"
     grpc_port: int = Field(default=9100, ge=0, le=65535)
     http_port: int = Field(default=8100, ge=0, le=65535)
+    serve_grpc_port: int | None = Field(default=None, ge=0, le=65535)
+    fronts: int = Field(default=1, ge=1)
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    grpc_reflection: bool = False
+    tenants: Path | None = None
     past_directory: Path = Field(default_factory=lambda: cache_directory() / "past-kv")
     past_host_bytes: int = Field(default=8 * GIB, ge=0)
     past_disk_bytes: int | None = Field(default=None, ge=0)
@@ -78,6 +88,14 @@ class ServeConfig(BaseModel):
     max_document_bytes: int = Field(default=64 * MIB, ge=1)
     max_data_bytes: int = Field(default=1 * MIB, ge=1, le=3 * MIB)
     window_bytes: int = Field(default=8 * KIB, ge=KIB)
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> ServeConfig:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key go together")
+        if self.tls_client_ca is not None and self.tls_key is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        return self
 
     @classmethod
     def read(cls, path: Path) -> ServeConfig:

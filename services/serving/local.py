@@ -25,9 +25,8 @@ def local_service(config: ServeConfig) -> Iterator[str]:
     prepare_ray()
     import ray
     from ray import serve
-    from ray.serve.config import HTTPOptions, gRPCOptions
 
-    from services.serving.app import APPLICATION, build, servicer_functions
+    from services.serving.app import APPLICATION, build
 
     own_ray = not ray.is_initialized()
     config = _with_resources(config, one_node=own_ray)
@@ -42,10 +41,7 @@ def local_service(config: ServeConfig) -> Iterator[str]:
         )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        serve.start(
-            http_options=HTTPOptions(host=config.host, port=config.http_port),
-            grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=servicer_functions()),
-        )
+        _start_serve(config)
         try:
             serve.run(application, name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
@@ -56,6 +52,22 @@ def local_service(config: ServeConfig) -> Iterator[str]:
         serve.delete(APPLICATION)  # lets the engine end its work and clear its disk
         if own_ray:
             ray.shutdown()
+
+
+def _start_serve(config: ServeConfig) -> None:
+    """Start Serve, without proxies of its own unless the configuration asks for its gRPC one."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
+
+    from services.serving.app import servicer_functions
+
+    if config.serve_grpc_port is None:
+        serve.start(proxy_location=ProxyLocation.Disabled)
+        return
+    serve.start(
+        http_options=HTTPOptions(host="127.0.0.1", port=_free_port()),
+        grpc_options=gRPCOptions(port=config.serve_grpc_port, grpc_servicer_functions=servicer_functions()),
+    )
 
 
 def cause(report: str) -> SegcoreError:
@@ -82,6 +94,7 @@ def _with_resources(config: ServeConfig, *, one_node: bool) -> ServeConfig:
         | {
             "grpc_port": config.grpc_port or _free_port(),
             "http_port": config.http_port or _free_port(),
+            "serve_grpc_port": _free_port() if config.serve_grpc_port == 0 else config.serve_grpc_port,
             "threads": config.threads or max(1, cores // config.replicas),
         }
     )

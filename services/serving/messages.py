@@ -50,14 +50,31 @@ class UploadAck:
     finished: bool = False
 
 
+# What an answer is asked of, apart from sessions: a text as it is, tokens, or messages of a chat, (role, content).
+Prompt = str | list[int] | list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer as text, its natural log-probability, and the likeliest ones there."""
+
+    text: str
+    logprob: float
+    likeliest: tuple[tuple[str, float], ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnswerPart:
-    """Some text of an answer; the last part has a finish reason and the counts of tokens."""
+    """Some text of an answer; the last part has a finish reason and the counts of tokens.
+
+    logprobs: of the tokens since the part before, if asked for.
+    """
 
     text: str
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

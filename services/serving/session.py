@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from segcore.engine.engine import Engine
-from segcore.engine.request import Generation
 from segcore.errors import (
     FailedPrecondition,
     InvalidDocument,
@@ -23,8 +22,9 @@ from segcore.errors import (
     WrongOffset,
 )
 from segcore.sampling import SamplingParams
-from segcore.text import AnswerText, DocumentEncoder, check_question
+from segcore.text import DocumentEncoder, check_question
 from segcore.weights import LoadedModel
+from services.serving.answer import Answer
 from services.serving.config import ServeConfig
 from services.serving.messages import AnswerPart, DocumentInfo, Progress, SessionInfo, UploadAck, check_name
 
@@ -51,16 +51,17 @@ class _Document:
 class _Session:
     """started: the stream holds tokens. turn_open: a user's turn has begun. last_token: the last answer's last token.
 
-    lock: one writer at a time.
+    key: its name in the engine. lock: one writer at a time.
     """
 
     id: str
+    key: str
     create_time: float = field(default_factory=time.time)
     documents: dict[str, _Document] = field(default_factory=dict)
     started: bool = False
     turn_open: bool = False
     last_token: int | None = None
-    answer: _Answer | None = None
+    answer: Answer | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -71,17 +72,19 @@ class Sessions:
         self._model, self._engine, self._config = model, engine, config
         self._sessions: dict[str, _Session] = {}
 
-    async def create(self, session_id: str, model: str) -> SessionInfo:
+    async def create(self, tenant: str, session_id: str, model: str) -> SessionInfo:
         """Begin an empty session. Raises InvalidRequest, NotFound (model), AlreadyExists, Busy."""
         check_name("session_id", session_id)
         if model and model != self._model.name:
             raise NotFound(f"model {model!r} isn't served here; this service runs {self._model.name!r}", model=model)
-        self._engine.open(session_id)
-        self._sessions[session_id] = _Session(session_id)
-        return await self.get(session_id)
+        key = _key(tenant, session_id)
+        self._engine.open(key, tenant=tenant)
+        self._sessions[key] = _Session(session_id, key)
+        return await self.get(tenant, session_id)
 
-    async def get(self, session_id: str) -> SessionInfo:
-        session, stats = self._find(session_id), self._engine.session_stats(session_id)
+    async def get(self, tenant: str, session_id: str) -> SessionInfo:
+        session = self._find(tenant, session_id)
+        stats = self._engine.session_stats(session.key)
         return SessionInfo(
             session_id=session_id,
             model=self._model.name,
@@ -92,19 +95,19 @@ class Sessions:
             documents=[document.info for document in session.documents.values()],
         )
 
-    async def delete(self, session_id: str) -> None:
-        self._find(session_id)
+    async def delete(self, tenant: str, session_id: str) -> None:
+        session = self._find(tenant, session_id)
         # The engine ends the step it is in first, which may take as long as a chunk.
-        await asyncio.to_thread(self._engine.close, session_id)
-        del self._sessions[session_id]
+        await asyncio.to_thread(self._engine.close, session.key)
+        del self._sessions[session.key]
 
-    async def open_document(self, session_id: str, document_id: str, total_bytes: int | None) -> UploadAck:
+    async def open_document(self, tenant: str, session_id: str, document_id: str, total_bytes: int | None) -> UploadAck:
         """Begin a document, or continue the open one; a finished one is acknowledged as finished.
 
         Raises FailedPrecondition if another one is open, LimitExceeded if it can't fit.
         """
         check_name("document_id", document_id)
-        session = self._find(session_id)
+        session = self._find(tenant, session_id)
         self._check_idle(session)
         limit = self._config.max_document_bytes
         if total_bytes is not None and not 0 <= total_bytes <= limit:
@@ -115,12 +118,12 @@ class Sessions:
             document = session.documents[document_id] = _Document(document_id, DocumentEncoder(self._model.tokenizer))
         return self._ack(session, document, finished=document.finished)
 
-    async def append(self, session_id: str, document_id: str, offset: int, data: bytes) -> UploadAck:
+    async def append(self, tenant: str, session_id: str, document_id: str, offset: int, data: bytes) -> UploadAck:
         """Take bytes at `offset`, which must be the committed offset; returns when the engine has room for more.
 
         Raises WrongOffset, InvalidDocument, LimitExceeded; then nothing of `data` is taken.
         """
-        session = self._find(session_id)
+        session = self._find(tenant, session_id)
         async with session.lock:
             self._check_idle(session)
             document = self._open_document(session, document_id)
@@ -140,20 +143,22 @@ class Sessions:
             tokens = await asyncio.to_thread(encoder.feed, data)
             opening = self._opening(session, document)
             # What the encoder holds back must fit too, or the document could never be finished.
-            self._check_room(session_id, len(opening) + len(tokens) + encoder.most_tokens_held)
-            self._engine.append(session_id, opening + tokens)
+            self._check_room(session.key, len(opening) + len(tokens) + encoder.most_tokens_held)
+            self._engine.append(session.key, opening + tokens)
             document.encoder = encoder
             document.digest.update(data)
             session.started = session.turn_open = True
-            await asyncio.wrap_future(self._engine.room(session_id))
+            await asyncio.wrap_future(self._engine.room(session.key))
             return self._ack(session, document)
 
-    async def finish(self, session_id: str, document_id: str, total_bytes: int, sha256: bytes) -> UploadAck:
+    async def finish(
+        self, tenant: str, session_id: str, document_id: str, total_bytes: int, sha256: bytes
+    ) -> UploadAck:
         """End a document whose size and digest are as given; returns when all of it has been run.
 
         Raises InvalidDocument; then the document stays open.
         """
-        session = self._find(session_id)
+        session = self._find(tenant, session_id)
         async with session.lock:
             self._check_idle(session)
             document = self._open_document(session, document_id)
@@ -170,15 +175,17 @@ class Sessions:
                     "the document's SHA-256 isn't that of the bytes that came; delete the session and upload again",
                     received_sha256=document.digest.hexdigest(),
                 )
-            self._engine.append(session_id, document.encoder.fork().finish())
+            self._engine.append(session.key, document.encoder.fork().finish())
             document.finished = True
-            await asyncio.wrap_future(self._engine.flush(session_id))
+            await asyncio.wrap_future(self._engine.flush(session.key))
             return self._ack(session, document, finished=True)
 
-    async def get_document(self, session_id: str, document_id: str) -> DocumentInfo:
-        return self._document(self._find(session_id), document_id).info
+    async def get_document(self, tenant: str, session_id: str, document_id: str) -> DocumentInfo:
+        return self._document(self._find(tenant, session_id), document_id).info
 
-    async def generate(self, session_id: str, question: str, params: SamplingParams) -> AsyncIterator[AnswerPart]:
+    async def generate(
+        self, tenant: str, session_id: str, question: str, params: SamplingParams
+    ) -> AsyncIterator[AnswerPart]:
         """Ask, and stream the answer. Closing the iterator ends the answer where it is.
 
         Raises InvalidRequest, FailedPrecondition, LimitExceeded; nothing of the question is then in the stream.
@@ -189,31 +196,24 @@ class Sessions:
                 f"the question is longer than {MAX_QUESTION_CHARS} characters; upload it as a document",
                 field="question",
             )
-        session = self._find(session_id)
+        session = self._find(tenant, session_id)
         async with session.lock:
             self._check_idle(session)
             self._check_none_open(session)
             prompt_tokens = self._ask(session, question)
-            answer = _Answer(self._model, params)
+            answer = Answer(self._model, params)
             session.answer = answer
-            self._engine.generate(session_id, answer.generation)
+            self._engine.generate(session.key, answer.generation)
         answer.generation.done.add_done_callback(answer.on_loop(lambda: self._end_answer(session, answer)))
         try:
-            async for text in answer.texts():
-                yield AnswerPart(text=text)
-            reason = answer.generation.done.result()
-            yield AnswerPart(
-                text=answer.text.flush(),
-                finish_reason=reason,
-                prompt_tokens=prompt_tokens,
-                answer_tokens=answer.generation.tokens,
-            )
+            async for part in answer.parts(prompt_tokens):
+                yield part
         finally:
             self._engine.abort(answer.generation)
 
-    async def cancel_answer(self, session_id: str) -> None:
+    async def cancel_answer(self, tenant: str, session_id: str) -> None:
         """End the answer under way, if any; returns when the session takes calls again."""
-        answer = self._find(session_id).answer
+        answer = self._find(tenant, session_id).answer
         if answer is not None:
             self._engine.abort(answer.generation)
             await asyncio.wait([asyncio.wrap_future(answer.generation.done)])
@@ -223,16 +223,16 @@ class Sessions:
         chat, tokenizer = self._model.chat, self._model.tokenizer
         text = tokenizer.encode_continuation(question) if session.turn_open else tokenizer.encode(question)
         before, after = chat.prompt_tail(self._opening(session) + text)
-        length = self._check_room(session.id, len(before) + len(after) + 1) - 1
-        self._engine.append(session.id, before)
-        self._engine.mark(session.id)
-        self._engine.append(session.id, after)
+        length = self._check_room(session.key, len(before) + len(after) + 1) - 1
+        self._engine.append(session.key, before)
+        self._engine.mark(session.key)
+        self._engine.append(session.key, after)
         session.started, session.turn_open = True, False
         return length
 
-    def _check_room(self, session_id: str, tokens: int) -> int:
+    def _check_room(self, key: str, tokens: int) -> int:
         """The stream's length with so many more tokens. Raises LimitExceeded if that is too long."""
-        stats, limit = self._engine.session_stats(session_id), self._engine.max_stream_tokens
+        stats, limit = self._engine.session_stats(key), self._engine.max_stream_tokens
         length = stats.tokens + stats.pending_tokens + tokens
         if length > limit:
             raise LimitExceeded(f"the stream would be longer than {limit} tokens", max_tokens=limit)
@@ -247,14 +247,15 @@ class Sessions:
             return chat.separator
         return chat.reopen(session.last_token) if session.started else chat.head
 
-    def _end_answer(self, session: _Session, answer: _Answer) -> None:
+    def _end_answer(self, session: _Session, answer: Answer) -> None:
         session.answer = None
         session.last_token = answer.last_token
 
-    def _find(self, session_id: str) -> _Session:
-        if session_id not in self._sessions:
+    def _find(self, tenant: str, session_id: str) -> _Session:
+        session = self._sessions.get(_key(tenant, session_id))
+        if session is None:
             raise NotFound(f"session {session_id!r} doesn't exist; create it first", session_id=session_id)
-        return self._sessions[session_id]
+        return session
 
     def _check_idle(self, session: _Session) -> None:
         if session.answer is not None:
@@ -288,7 +289,7 @@ class Sessions:
         return LimitExceeded(f"a document may have at most {limit} bytes here", max_document_bytes=limit)
 
     def _ack(self, session: _Session, document: _Document, *, finished: bool = False) -> UploadAck:
-        stats, engine = self._engine.session_stats(session.id), self._engine.stats()
+        stats, engine = self._engine.session_stats(session.key), self._engine.stats()
         progress = Progress(
             processed_tokens=stats.tokens,
             pending_tokens=stats.pending_tokens,
@@ -300,32 +301,6 @@ class Sessions:
         return UploadAck(committed_offset=document.committed_offset, progress=progress, finished=finished)
 
 
-class _Answer:
-    """An answer on its way from the engine's thread to the event loop."""
-
-    def __init__(self, model: LoadedModel, params: SamplingParams) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[str | None] = asyncio.Queue()  # holds at most max_tokens texts
-        self.text = AnswerText(model.tokenizer, model.end_tokens, params.stop)
-        self.generation = Generation(params, self._on_token)
-        self.last_token: int | None = None
-        self.generation.done.add_done_callback(self.on_loop(lambda: self._queue.put_nowait(None)))
-
-    async def texts(self) -> AsyncIterator[str]:
-        while (text := await self._queue.get()) is not None:
-            yield text
-
-    def on_loop(self, call: Callable[[], None]) -> Callable[[object], None]:
-        return lambda _: _call_soon(self._loop, call)
-
-    def _on_token(self, token: int) -> bool:
-        self.last_token = token
-        text = self.text.push(token)
-        if text:
-            _call_soon(self._loop, lambda: self._queue.put_nowait(text))
-        return self.text.finished
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(call)
+def _key(tenant: str, session_id: str) -> str:
+    """A session's name in the engine."""
+    return f"{tenant}/{session_id}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 import grpc
-from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from segcore import errors
@@ -19,6 +19,7 @@ _TRAILER = "grpc-status-details-bin"
 # The first class that matches decides, so the special stands before the general.
 _CODES: list[tuple[type[errors.SegcoreError], grpc.StatusCode]] = [
     (errors.InvalidInput, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (errors.UnsupportedModel, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.NotFound, grpc.StatusCode.NOT_FOUND),
     (errors.AlreadyExists, grpc.StatusCode.ALREADY_EXISTS),
@@ -29,6 +30,8 @@ _CODES: list[tuple[type[errors.SegcoreError], grpc.StatusCode]] = [
     (errors.Cancelled, grpc.StatusCode.CANCELLED),
     (errors.StorageFull, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.PastKVError, grpc.StatusCode.DATA_LOSS),
+    (errors.SessionLost, grpc.StatusCode.DATA_LOSS),
+    (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.SegcoreError, grpc.StatusCode.INTERNAL),
 ]
@@ -48,6 +51,10 @@ def trailers_of(error: errors.SegcoreError) -> list[tuple[str, bytes]]:
     info = ErrorInfo(reason=reason_of(type(error)), domain=DOMAIN, metadata=error.details)
     status = Status(code=code_of(error).value[0], message=error.message)
     status.details.add().Pack(info)
+    if "retry_after_ms" in error.details:
+        retry = RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(error.details["retry_after_ms"]))
+        status.details.add().Pack(retry)
     return [(_TRAILER, status.SerializeToString())]
 
 

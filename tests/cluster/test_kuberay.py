@@ -185,9 +185,8 @@ def test_the_service_is_serve_yaml_with_its_own_values(render):
     assert serve == ours
     args, before = application.pop("args"), plain.pop("args")
     assert application == plain
-    assert {name for name, value in before.items() if args[name] != value} == {"fronts", "autoscaling"}
+    assert {name for name, value in before.items() if args.get(name) != value} == {"fronts", "autoscaling", "tenants"}
     assert args["slots"] == 3
-    assert args["tls_key"].startswith("/etc/segcore/tls/")
     groups = {group["groupName"]: group for group in spec["rayClusterConfig"]["workerGroupSpecs"]}
     assert args["fronts"] == groups["front"]["replicas"]
     assert args["autoscaling"]["max_replicas"] == groups["engine"]["maxReplicas"]
@@ -196,9 +195,18 @@ def test_the_service_is_serve_yaml_with_its_own_values(render):
         assert resources.items() <= given.items()
 
 
+def test_files_that_a_service_reads_are_mounted_on_its_fronts(render):
+    spec = of_kind(render(*FORMS["service, GPUs, everything"]), "RayService")["spec"]
+    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    front = next(group for group in spec["rayClusterConfig"]["workerGroupSpecs"] if group["groupName"] == "front")
+    mounts = {mount["mountPath"] for mount in next(pods(front))["containers"][0]["volumeMounts"]}
+    for name in ("tls_certificate", "tls_key", "tenants"):
+        assert str(Path(application["args"][name]).parent) in mounts
+
+
 def test_what_a_service_runs_can_be_built(render):
-    for options in ([], GPU):
-        spec = of_kind(render(*options), "RayService")["spec"]
+    for form in ("service", "service, GPUs, everything"):
+        spec = of_kind(render(*FORMS[form]), "RayService")["spec"]
         (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
         build(ServeConfig(**application["args"]))
 

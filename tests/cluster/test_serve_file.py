@@ -12,7 +12,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
-from services.serving.app import APPLICATION, build, servicer_functions
+from services.serving.app import APPLICATION, build
 from services.serving.config import ServeConfig
 
 FILE = Path(__file__).parents[2] / "cluster" / "serve.yaml"
@@ -45,16 +45,21 @@ def test_it_is_the_application_that_segcore_serve_runs(schema):
     assert config.replicas > 1
 
 
-def test_its_name_services_and_port_are_those_of_segcore_serve(schema):
+def test_its_name_and_ports_are_those_of_segcore_serve(schema):
     (application,) = schema.applications
+    config, plain = ServeConfig(**application.args), ServeConfig()
     assert application.name == APPLICATION
-    assert schema.grpc_options.port == ServeConfig().grpc_port
-    assert schema.grpc_options.grpc_servicer_functions == servicer_functions()
+    assert (config.grpc_port, config.http_port) == (plain.grpc_port, plain.http_port)
     assert not application.deployments  # what is deployed is the application's own matter
 
 
-def test_of_http_there_are_health_checks_alone(schema):
+def test_the_network_reaches_fronts_alone_by_tls_and_with_a_token(schema):
+    (application,) = schema.applications
+    config = ServeConfig(**application.args)
+    assert config.tls_certificate
+    assert config.tenants
     assert schema.http_options.host == "127.0.0.1"
+    assert not schema.grpc_options.grpc_servicer_functions
 
 
 def test_a_misspelt_setting_is_refused(schema):

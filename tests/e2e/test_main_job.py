@@ -47,13 +47,13 @@ def unbroken_answer(config: ServeConfig) -> str:
         model = segcore.load_model(config.model, dtype=config.dtype, device=config.device)
         engine = segcore.Engine(model.lm, config.engine_config())
         sessions = Sessions(model, engine, config)
-        await sessions.create("s", "")
-        await sessions.open_document("s", "d", None)
+        await sessions.create("", "s", "")
+        await sessions.open_document("", "s", "d", None)
         data = DOCUMENT.encode()
         for offset in range(0, len(data), 1000):
-            await sessions.append("s", "d", offset, data[offset : offset + 1000])
-        await sessions.finish("s", "d", len(data), hashlib.sha256(data).digest())
-        text = "".join([part.text async for part in sessions.generate("s", QUESTION, PARAMS)])
+            await sessions.append("", "s", "d", offset, data[offset : offset + 1000])
+        await sessions.finish("", "s", "d", len(data), hashlib.sha256(data).digest())
+        text = "".join([part.text async for part in sessions.generate("", "s", QUESTION, PARAMS)])
         engine.shutdown()
         return text
 

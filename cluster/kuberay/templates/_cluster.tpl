@@ -85,9 +85,10 @@ spec:
         - {name: openai, containerPort: 8100}
         {{- end }}
       {{- if eq $component "front" }}
-      # Clients are sent here while it listens.
+      # Clients are sent here while engines answer it.
       readinessProbe:
-        tcpSocket: {port: serve-grpc}
+        httpGet: {path: /healthz, port: openai, scheme: {{ ternary "HTTPS" "HTTP" (ne $.Values.secrets.tls "") }}}
+        timeoutSeconds: 5
         periodSeconds: 5
         failureThreshold: 2
       {{- end }}

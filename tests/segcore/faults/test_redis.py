@@ -16,8 +16,8 @@ from segcore.pastkv import redis as redis_tier
 from segcore.pastkv.format import BlockFormat
 from segcore.pastkv.manager import PastKVManager
 from segcore.pastkv.redis import RedisTier
+from tests.redis_server import RedisServer
 from tests.segcore.blocks import block, key
-from tests.segcore.conftest import RedisServer
 from tests.segcore.engines import SECONDS
 from tests.segcore.faults.engines import KV_BYTES, STREAM, answer, read, settled
 

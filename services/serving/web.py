@@ -1,0 +1,152 @@
+"""The HTTP face: the OpenAI-compatible API, sessions and their documents, and the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from segcore.errors import InvalidRequest, NotFound, SegcoreError
+from services.serving import openai
+from services.serving.gate import Gate, known_error
+from services.serving.messages import UploadAck
+from services.serving.tenants import Tenant
+from services.serving.weberror import body_of, read_body, read_object, response_of
+
+Endpoint = Callable[[Request, Gate, Tenant], Awaitable[Response]]
+
+_PAGE = Path(__file__).parent / "page"
+# Nothing from elsewhere is loaded, run, or told where our users come from.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+
+
+def web_app(gate: Gate) -> Starlette:
+    """The ASGI application."""
+
+    def route(path: str, endpoint: Endpoint, *methods: str) -> Route:
+        return Route(path, _admitted(endpoint, gate), methods=list(methods))
+
+    session, document = "/v1/sessions/{session_id}", "/v1/sessions/{session_id}/documents/{document_id}"
+    routes = [
+        route("/v1/models", openai.models, "GET"),
+        route("/v1/models/{model:path}", openai.model, "GET"),
+        route("/v1/completions", openai.completions, "POST"),
+        route("/v1/chat/completions", openai.chat_completions, "POST"),
+        route("/v1/server", server, "GET"),
+        route("/v1/sessions", create_session, "POST"),
+        route(session, get_session, "GET"),
+        route(session, delete_session, "DELETE"),
+        route(document, append, "PUT"),
+        route(document + "/finish", finish, "POST"),
+        Route("/healthz", _health(gate)),
+        *(Route(path, _file(name)) for path, name in _FILES.items()),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+
+
+_FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
+
+
+async def server(request: Request, gate: Gate, tenant: Tenant) -> Response:
+    return JSONResponse(dataclasses.asdict(await gate.info()))
+
+
+async def create_session(request: Request, gate: Gate, tenant: Tenant) -> Response:
+    wanted = await read_object(request, {"session_id": str, "model": str})
+    name = wanted.get("session_id") or uuid.uuid4().hex
+    info = await gate.engine(name).create.remote(tenant.name, name, wanted.get("model", ""))
+    return JSONResponse(dataclasses.asdict(info), 201)
+
+
+async def get_session(request: Request, gate: Gate, tenant: Tenant) -> Response:
+    name = request.path_params["session_id"]
+    return JSONResponse(dataclasses.asdict(await gate.engine(name).get.remote(tenant.name, name)))
+
+
+async def delete_session(request: Request, gate: Gate, tenant: Tenant) -> Response:
+    name = request.path_params["session_id"]
+    await gate.engine(name).delete.remote(tenant.name, name)
+    return Response(status_code=204)
+
+
+async def append(request: Request, gate: Gate, tenant: Tenant) -> Response:
+    """Bytes of a document at `?offset=`; at 0 they begin it."""
+    session_id, document_id = request.path_params["session_id"], request.path_params["document_id"]
+    offset = request.query_params.get("offset", "")
+    if not (offset.isascii() and offset.isdigit() and len(offset) < 16):
+        raise InvalidRequest("?offset= must be the document's committed offset, a whole number", field="offset")
+    data = await read_body(request, gate.config.max_data_bytes)
+    if offset == "0":
+        await gate.engine(session_id).open_document.remote(tenant.name, session_id, document_id, None)
+    ack = await gate.append(tenant, session_id, document_id, int(offset), data)
+    return JSONResponse(_ack(ack, gate))
+
+
+async def finish(request: Request, gate: Gate, tenant: Tenant) -> Response:
+    session_id, document_id = request.path_params["session_id"], request.path_params["document_id"]
+    said = await read_object(request, {"total_bytes": int, "sha256": str})
+    try:
+        total, digest = said["total_bytes"], bytes.fromhex(said["sha256"])
+    except (KeyError, ValueError):
+        raise InvalidRequest("finish needs total_bytes and sha256, in hexadecimal", field="sha256") from None
+    engine = gate.engine(session_id)
+    return JSONResponse(_ack(await engine.finish.remote(tenant.name, session_id, document_id, total, digest), gate))
+
+
+def _ack(ack: UploadAck, gate: Gate) -> dict[str, object]:
+    return {**dataclasses.asdict(ack), "window_bytes": gate.config.window_bytes}
+
+
+def _admitted(endpoint: Endpoint, gate: Gate) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that knows who calls, and whose errors have their status and the API's format."""
+
+    async def run(request: Request) -> Response:
+        try:
+            return await endpoint(request, gate, gate.admit(request.headers.get("authorization")))
+        except ClientDisconnect:
+            return Response(status_code=400)  # which nobody reads
+        except Exception as error:
+            return response_of(known_error(error))
+
+    return run
+
+
+def _health(gate: Gate) -> Callable[[Request], Awaitable[Response]]:
+    async def health(request: Request) -> Response:
+        try:
+            await gate.info()
+        except Exception as error:
+            return response_of(known_error(error))
+        return Response("ok", media_type="text/plain")
+
+    return health
+
+
+def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
+    async def file(request: Request) -> Response:
+        return FileResponse(_PAGE / name, headers=_PAGE_HEADERS)
+
+    return file
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such path, or method."""
+    assert isinstance(error, HTTPException)
+    told = {
+        404: NotFound(f"there is no {request.url.path[:200]}"),
+        405: InvalidRequest("this method isn't allowed here"),
+    }
+    known: SegcoreError = told.get(error.status_code) or InvalidRequest(str(error.detail))
+    return JSONResponse(body_of(known), error.status_code, error.headers)
