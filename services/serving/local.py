@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 
@@ -88,7 +89,7 @@ def _with_resources(config: ServeConfig, *, one_node: bool) -> ServeConfig:
     Ray would otherwise set each replica to as many threads as the CPUs it reserves.
     """
     cores = psutil.cpu_count(logical=False) or 1
-    anywhere = {"front_resources": {}, "engine_resources": {}} if one_node else {}
+    anywhere: dict[str, Any] = {"front_resources": {}, "engine_resources": {}} if one_node else {}
     return config.model_copy(
         update=anywhere
         | {
