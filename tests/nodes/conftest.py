@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
+
+from services.serving.config import ServeConfig
+from tests.conftest import SERVED_SEGMENT
 
 STORE_BYTES = 80_000_000
 
@@ -38,6 +42,27 @@ class Nodes:
 
     def _add(self, **options: object) -> Node:
         return self._cluster.add_node(object_store_memory=STORE_BYTES, **options)
+
+
+@pytest.fixture(scope="package")
+def service(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    """A service of a tiny model, a front and two engines, each on its node."""
+    return ServeConfig(
+        model=str(model_directory),
+        dtype="float32",
+        device="cpu",
+        threads=1,
+        segment=SERVED_SEGMENT,
+        chunk_tokens=64,
+        replicas=2,
+        front_resources={"front": 1},
+        engine_resources={"engine": 1},
+        grpc_port=0,
+        http_port=0,
+        past_directory=tmp_path_factory.mktemp("past-kv"),
+        slots=4,
+        max_sessions=32,
+    )
 
 
 @pytest.fixture(scope="package")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from ray import serve
@@ -15,9 +13,8 @@ from segcore.errors import NotFound, SegcoreError, Unavailable
 from segcore.sampling import SamplingParams
 from services.serving.app import APPLICATION
 from services.serving.client import Client
-from services.serving.config import ServeConfig
+from services.serving.config import AutoscalingSettings
 from services.serving.local import local_service
-from tests.conftest import SERVED_SEGMENT
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -25,27 +22,6 @@ DOCUMENT = "".join(f"Entry {i}: the café at № {i * 7919 % 10007} opens at {i 
 QUESTION = "When does the café open?"
 LONG = SamplingParams(max_tokens=2000)
 SHORT = SamplingParams(max_tokens=16)
-
-
-@pytest.fixture(scope="module")
-def address(nodes, model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    config = ServeConfig(
-        model=str(model_directory),
-        dtype="float32",
-        device="cpu",
-        threads=1,
-        segment=SERVED_SEGMENT,
-        chunk_tokens=64,
-        replicas=2,
-        front_resources={"front": 1},
-        engine_resources={"engine": 1},
-        grpc_port=0,
-        http_port=0,
-        past_directory=tmp_path_factory.mktemp("past-kv"),
-        max_sessions=32,
-    )
-    with local_service(config) as where:
-        yield where
 
 
 def sessions_on_the_replica_of(session_id: str) -> int:
@@ -87,8 +63,8 @@ def eventually(client: Client, seconds: float = 60) -> str:
             time.sleep(0.2)
 
 
-def test_a_node_that_dies_takes_its_own_sessions_and_no_others(nodes, address):
-    with Client(address) as client:
+def test_a_node_that_dies_takes_its_own_sessions_and_no_others(nodes, service):
+    with local_service(service) as address, Client(address) as client:
         sessions = sessions_on_both_nodes(client)
         begun = [threading.Event() for _ in sessions]
         with ThreadPoolExecutor(len(sessions)) as threads:
@@ -106,3 +82,38 @@ def test_a_node_that_dies_takes_its_own_sessions_and_no_others(nodes, address):
             if session in lost:
                 with pytest.raises(NotFound):
                     client.get_session(session)
+
+
+def running_engines() -> int:
+    return serve.status().applications[APPLICATION].deployments["engine"].replica_states.get("RUNNING", 0)
+
+
+def wait_for(engines: int, seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while running_engines() != engines:
+        assert time.monotonic() < until, f"{running_engines()} engines"
+        time.sleep(0.1)
+
+
+def test_engines_come_with_load_and_go_without(nodes, service):
+    """By what engines have to do: a request that is merely open, an upload whose source dawdles, brings none."""
+    quick = AutoscalingSettings(max_replicas=2, look_back_s=1.5, upscale_delay_s=0.5, downscale_delay_s=3)
+    config = service.model_copy(update={"replicas": 1, "autoscaling": quick})
+    with local_service(config) as address, Client(address) as client:
+        assert running_engines() == 1
+        made = [client.create_session().session_id for _ in range(6)]
+        for session in made:
+            client.upload(session, DOCUMENT[:200])
+        stop = threading.Event()
+
+        def ask(session: str) -> None:
+            while not stop.is_set():
+                if isinstance(answer(client, session, LONG, threading.Event()), SegcoreError):
+                    return  # another engine has come, where it isn't known
+
+        with ThreadPoolExecutor(len(made)) as threads:
+            for session in made:
+                threads.submit(ask, session)
+            wait_for(2)
+            stop.set()
+        wait_for(1)
