@@ -105,7 +105,7 @@ class LimitExceeded(SegcoreError):
 
 
 class Busy(LimitExceeded):
-    """Full just now; the same call can succeed later, if known in `retry_after_ms` (a detail)."""
+    """Full just now; the same call can succeed later, if known in `retry_after_s` (a detail)."""
 
 
 class NonFiniteLoss(SegcoreError):

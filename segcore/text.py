@@ -136,6 +136,19 @@ class DocumentEncoder:
         self._started = False
         self.bytes_taken = 0
 
+    @classmethod
+    def continued(cls, tokenizer: TextTokenizer, bytes_taken: int, held: bytes) -> DocumentEncoder:
+        """The encoder that has taken so many bytes, of which the last ones, `held`, aren't tokens yet."""
+        encoder = cls(tokenizer)
+        encoder._text, encoder.bytes_taken = encoder._decoder.decode(held), bytes_taken
+        encoder._started = bytes_taken > len(held)
+        return encoder
+
+    @property
+    def bytes_held(self) -> int:
+        """How many of the bytes taken, the last ones, aren't tokens yet."""
+        return len(self._text.encode()) + len(self._decoder.getstate()[0])
+
     @property
     def most_tokens_held(self) -> int:
         """How many tokens, at most, are still to come from the bytes taken: a token has at least one byte."""

@@ -22,7 +22,7 @@ from segcore.engine.request import Flush, Generation, Mark, Session, Step
 from segcore.engine.runner import Runner
 from segcore.engine.scheduler import Scheduler
 from segcore.engine.snapshot import Snapshot, pack, unpack
-from segcore.engine.steps import Steps
+from segcore.engine.steps import Steps, settle
 from segcore.errors import (
     AlreadyExists,
     BlockMismatch,
@@ -49,12 +49,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SessionStats:
-    """Counts of one session: tokens done, segments closed, tokens waiting, bytes of state on the device."""
+    """Counts of one session: tokens done, segments closed, tokens waiting, bytes of state on the device.
+
+    failed: an error ended it.
+    """
 
     tokens: int
     segments: int
     pending_tokens: int
     state_bytes: int
+    failed: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +179,10 @@ class Engine:
         self._control(session_id, generation)
 
     def abort(self, generation: Generation) -> None:
-        """End an answer after the token being computed; it finishes as "aborted"."""
+        """End an answer after the token being computed, or before its first one; it finishes as "aborted"."""
         generation.aborted = True
+        with self._changed:
+            self._changed.notify_all()
 
     def fork(self, session_id: str, new_id: str) -> None:
         """A second stream that continues from where this one stands; past KV is shared, not copied.
@@ -275,6 +281,7 @@ class Engine:
                 segments=session.state.length // self.config.segment.segment_tokens,
                 pending_tokens=session.appended - session.state.length,
                 state_bytes=session.state.nbytes,
+                failed=session.failure is not None,
             )
 
     def retrieved(self, session_id: str) -> list[int]:
@@ -442,12 +449,21 @@ class Engine:
             self._steps.run(*turn)
         return turn is not None
 
+    def _drop_aborted(self) -> None:
+        """End answers that aren't to begin any more, though tokens before them wait. No session is being stepped."""
+        for session in self._sessions.values():
+            last = session.controls[-1][1] if session.controls else None
+            if isinstance(last, Generation) and last.aborted and session.due_control is not last:
+                session.controls.pop()
+                settle(last.done, "aborted")
+
     def _next_turn(self) -> tuple[Step, list[Session]] | None:
         """The next turn, once there is one; None when the engine ends."""
         with self._changed:
             self._stepping = []
             self._changed.notify_all()
             while self._running:
+                self._drop_aborted()
                 step, sessions = (Step.IDLE, []) if self._interrupting else self._scheduler.next()
                 for session in self._scheduler.displaced():
                     self._steps.park(session)

@@ -1,67 +1,73 @@
-"""An answer on its way from the engine's thread to the event loop, where it becomes text."""
+"""An answer on its way from the engine's thread to the event loop, in tokens and the text that they make certain."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from segcore.engine.request import Generation
-from segcore.sampling import Logprobs, SamplingParams
+from segcore.errors import SegcoreError
+from segcore.sampling import SamplingParams
 from segcore.text import AnswerText
 from segcore.weights import LoadedModel
-from services.serving.messages import AnswerPart, TokenLogprob
+from services.serving.messages import AnswerPart
+
+# Tokens that come closer together than this share a message, and a write.
+COALESCE_S = 0.02
+
+
+class Batch(NamedTuple):
+    """Tokens, and the text that became certain with them. ended: no more will come."""
+
+    tokens: list[int]
+    text: str
+    ended: bool
 
 
 class Answer:
-    """Give its `generation` to the engine, then read its `parts`."""
+    """An answer that goes on after the tokens `given`, written down by a task of its own, and read by one stream.
 
-    def __init__(self, model: LoadedModel, params: SamplingParams) -> None:
+    head: the text of those after the first `after`. complete: no token is lacking. why: what made it stop before its
+    end; cancelled: then it is to end there, else it can be taken up again.
+    """
+
+    def __init__(self, model: LoadedModel, params: SamplingParams, given: Sequence[int] = (), after: int = 0) -> None:
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[AnswerPart | None] = asyncio.Queue()  # holds at most max_tokens parts
-        self._model = model
-        self._logprobs: list[Logprobs] = []  # of tokens whose text isn't certain yet
+        # Both hold at most max_tokens.
+        self._queue: asyncio.Queue[tuple[int, str] | None] = asyncio.Queue()
+        self.parts: asyncio.Queue[AnswerPart | SegcoreError | None] = asyncio.Queue()
+        self._next_batch = 0.0
         self.text = AnswerText(model.tokenizer, model.end_tokens, params.stop)
-        self.generation = Generation(params, self._on_token)
-        self.last_token: int | None = None
-        self.generation.done.add_done_callback(self.on_loop(lambda: self._queue.put_nowait(None)))
+        texts = [self.text.push(token) for token in given]
+        self.head = "".join(texts[after:])
+        self.complete = self.text.finished or len(given) >= params.max_tokens
+        self.generation = Generation(params, self._on_token, tokens=len(given))
+        self.generation.done.add_done_callback(lambda _: self._call_soon(lambda: self._queue.put_nowait(None)))
+        self.why: SegcoreError | None = None
+        self.cancelled = False
+        self.task: asyncio.Task[None] | None = None
 
-    async def parts(self, prompt_tokens: int) -> AsyncGenerator[AnswerPart]:
-        """The answer's parts, the last with its counts. Raises what ended the generation, if that was an error."""
-        while (part := await self._queue.get()) is not None:
-            yield part
-        reason = self.generation.done.result()
-        text = self.text.flush()
-        yield AnswerPart(
-            text=text,
-            finish_reason=reason,
-            prompt_tokens=prompt_tokens,
-            answer_tokens=self.generation.tokens,
-            logprobs=self._take_logprobs(),
-        )
-
-    def on_loop(self, call: Callable[[], None]) -> Callable[[object], None]:
-        return lambda _: call_soon(self._loop, call)
+    async def batch(self) -> Batch:
+        """The next tokens: the first at once, later ones in company."""
+        item = await self._queue.get()
+        if item is not None and (pause := self._next_batch - self._loop.time()) > 0:
+            await asyncio.sleep(pause)
+        self._next_batch = self._loop.time() + COALESCE_S
+        tokens, texts = list[int](), list[str]()
+        while item is not None:
+            tokens.append(item[0])
+            texts.append(item[1])
+            if self._queue.empty():
+                break
+            item = self._queue.get_nowait()
+        return Batch(tokens, "".join(texts), item is None)
 
     def _on_token(self, token: int) -> bool:
-        self.last_token = token
         text = self.text.push(token)
-        if self.generation.logprobs is not None and token not in self._model.end_tokens:
-            self._logprobs.append(self.generation.logprobs)
-        if text:
-            part = AnswerPart(text=text, logprobs=self._take_logprobs())
-            call_soon(self._loop, lambda: self._queue.put_nowait(part))
+        self._call_soon(lambda: self._queue.put_nowait((token, text)))
         return self.text.finished
 
-    def _take_logprobs(self) -> tuple[TokenLogprob, ...]:
-        taken, self._logprobs = self._logprobs, []
-        decode = self._model.tokenizer.decode_token
-        return tuple(
-            TokenLogprob(decode(one.token), one.logprob, tuple((decode(t), p) for t, p in one.likeliest))
-            for one in taken
-        )
-
-
-def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """Call on a loop from any thread; nothing happens if the loop has ended."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(call)
+    def _call_soon(self, call: Callable[[], None]) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call)

@@ -1,6 +1,6 @@
-"""The application: fronts, and engines behind them. `cluster/serve.yaml` names `build`, `segcore serve` calls it."""
+"""The application: fronts, and engines behind them. `segcore serve` builds it, or `cluster/serve.yaml`."""
 
-# Without postponed annotations: Serve reads off `build` what a configuration file's `args` are.
+# Without postponed annotations: Serve reads off `application` what a configuration file's `args` are.
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from services.serving.config import ServeConfig
 from services.serving.engine_deployment import EngineDeployment
 from services.serving.front import Front
-from services.serving.ingress import SERVICES
+from services.serving.ingress import SERVICES, Ingress
 
 APPLICATION = "segcore"
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
@@ -20,17 +20,26 @@ _POLICY = "services.serving.autoscaling:LoadPolicy"
 _MAX_ONGOING = 10_000
 # One event loop for requests, routing and our code, and messages between replicas by gRPC: benchmarks/front.py has what
 # that is worth.
-_QUICK = {
+QUICK = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 
 
-def build(config: ServeConfig) -> serve.Application:
-    """Fronts and engines; a session's calls all reach the same engine replica. Raises ConfigError."""
+def build(
+    config: ServeConfig,
+    *,
+    engine: type[Any] = EngineDeployment,
+    ingress: type[Ingress] = Front,
+    quick: dict[str, str] = QUICK,
+) -> serve.Application:
+    """Fronts and engines; a session's calls all reach the same engine replica. Raises ConfigError.
+
+    engine, ingress, quick: others than a service's own are for measurements.
+    """
     config.engine_config()  # a configuration that can't work fails here, not in a replica
-    engine = serve.deployment(
+    engines = serve.deployment(
         name="engine",
         **_replicas(config),
         max_ongoing_requests=_MAX_ONGOING,
@@ -38,23 +47,28 @@ def build(config: ServeConfig) -> serve.Application:
             "num_cpus": 1,
             "num_gpus": config.gpus_per_replica,
             "resources": config.engine_resources,
-            "runtime_env": {"env_vars": _QUICK},
+            "runtime_env": {"env_vars": quick},
         },
         request_router_config=RequestRouterConfig(
             request_router_class=_ROUTER, request_router_kwargs={"num_fallback_replicas": 0}
         ),
-    )(EngineDeployment)
-    ingress = serve.deployment(
+    )(engine)
+    fronts = serve.deployment(
         name="ingress",
         num_replicas=config.fronts,
         max_ongoing_requests=_MAX_ONGOING,
         ray_actor_options={
             "num_cpus": 0.1,
             "resources": config.front_resources,
-            "runtime_env": {"env_vars": _QUICK},
+            "runtime_env": {"env_vars": quick},
         },
-    )(Front)
-    return ingress.bind(engine.bind(config), config)
+    )(ingress)
+    return fronts.bind(engines.bind(config), config)
+
+
+def application(config: ServeConfig) -> serve.Application:
+    """What a configuration file of Serve names; its `args` are the configuration. Raises as `build` does."""
+    return build(config)
 
 
 def _replicas(config: ServeConfig) -> dict[str, Any]:

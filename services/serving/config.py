@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -47,6 +49,11 @@ class ServeConfig(BaseModel):
     tls_client_ca clients need a certificate that it signed. serve_grpc_port: Serve's own proxy beside it, without TLS.
     fronts: how many there are; one a node.
     tenants: a file of who may call (see tenants.py); None: everybody, as one tenant.
+    sessions: the directory of sessions, a SQLite file or the address of a Redis server; session_ttl_s: how long one is
+    kept after its last call, None: for ever. lease_s: how long others wait for a replica that is gone. slice_s: the
+    longest a call keeps a replica from ending. redis_password: a file, on the engines, with the password of Redis
+    servers that are named without one. changed_sessions: what becomes of sessions that were begun with another
+    model, adapter or policy: "refuse" them, or "recompute" their past from their tokens.
     window_bytes: what a client may send beyond what is committed; it bounds what waits when the last byte is sent, and
     so the time to the first token.
     """
@@ -81,6 +88,12 @@ class ServeConfig(BaseModel):
     past_disk_bytes: int | None = Field(default=None, ge=0)
     past_shared: str | None = None
     past_shared_bytes: int | None = Field(default=None, ge=0)
+    sessions: str = Field(default_factory=lambda: str(cache_directory() / "sessions.sqlite"))
+    session_ttl_s: float | None = Field(default=30 * 24 * 3600.0, gt=0)
+    lease_s: float = Field(default=5.0, gt=0)
+    slice_s: float = Field(default=5.0, gt=0)
+    redis_password: Path | None = None
+    changed_sessions: Literal["refuse", "recompute"] = "refuse"
     attention: str = "auto"
     slots: int = Field(default=8, ge=1)
     max_sessions: int = Field(default=64, ge=1)
@@ -108,6 +121,20 @@ class ServeConfig(BaseModel):
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ConfigError(f"{path}: {faults}") from error
+
+    def with_password(self) -> ServeConfig:
+        """The same, with the password in the addresses of Redis servers that lack one. Raises ConfigError."""
+        if self.redis_password is None:
+            return self
+        try:
+            password = quote(self.redis_password.read_text().strip(), safe="")
+        except OSError as error:
+            raise ConfigError(f"redis_password: {self.redis_password} can't be read: {error.strerror}") from error
+        places = {name: place for name in ("sessions", "past_shared") if (place := getattr(self, name)) is not None}
+        lacking = re.compile(r"^(rediss?://)(?=[^@]*$)")
+        return self.model_copy(
+            update={name: lacking.sub(rf"\g<1>:{password}@", place) for name, place in places.items()}
+        )
 
     def engine_config(self) -> EngineConfig:
         """The engine's part. Raises as `segment_config` does."""

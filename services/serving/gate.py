@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from segcore.errors import SegcoreError, Unavailable
+from segcore.errors import Busy, SegcoreError, Unavailable
 from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
 from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck, check_name
@@ -20,13 +21,16 @@ from services.serving.tenants import Quotas, Tenant, Tenants
 
 log = logging.getLogger(__name__)
 
+_RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0, 6.0)
+
 
 class Gate:
     """Admits callers, and finds the engine of a session. Stateless but for what tenants have used of their limits."""
 
     def __init__(self, engine: DeploymentHandle, config: ServeConfig) -> None:
         """Raises ConfigError for a tenants' file that can't be used."""
-        self._engine, self.config = engine, config
+        # Answers come over gRPC, not through the object store: a fraction of the time for each part.
+        self._engine, self.config = engine.options(_by_reference=False), config
         self._tenants, self._quotas = Tenants(config.tenants), Quotas(config.fronts)
 
     def admit(self, authorization: str | None) -> Tenant:
@@ -50,33 +54,73 @@ class Gate:
         ack: UploadAck = await self.engine(session_id).append.remote(tenant.name, session_id, document_id, offset, data)
         return ack
 
+    async def check_sessions(self, tenant: Tenant) -> None:
+        """Raise Busy if the tenant has as many sessions as it may."""
+        if tenant.sessions is not None:
+            count = await self._engine.count.remote(tenant.name, tenant.sessions)
+            if count >= tenant.sessions:
+                raise Busy(f"all {tenant.sessions} sessions are in use; delete one")
+
     async def answer(
         self, tenant: Tenant, session_id: str, question: str, params: SamplingParams
     ) -> AsyncGenerator[AnswerPart]:
-        """A session's answer, within the tenant's limit. Closing the iterator ends the answer."""
+        """A session's answer, within the tenant's limit; if a replica goes away, another one goes on with it.
+
+        Closing the iterator ends the answer.
+        """
         self._quotas.take(tenant, "tokens", 0)
-        engine = self.engine(session_id).options(stream=True)
-        async with aclosing(_parts(engine.generate.remote(tenant.name, session_id, question, params))) as parts:
-            async for part in parts:
-                self._quotas.charge(tenant, "tokens", part.answer_tokens)
-                yield part
+        engine, request_id, finished = self.engine(session_id), uuid.uuid4().hex, False
+        asked = (tenant.name, session_id, question, params)
+
+        def begin(after: int) -> Any:
+            return engine.options(stream=True).generate.remote(*asked, request_id=request_id, after=after)
+
+        try:
+            async with aclosing(_parts(begin)) as parts:
+                async for part in parts:
+                    self._quotas.charge(tenant, "tokens", part.answer_tokens)
+                    finished = part.finish_reason is not None
+                    yield part
+        finally:
+            if not finished:
+                with suppress(Exception):
+                    await engine.cancel_answer.remote(tenant.name, session_id)
 
     async def complete(self, tenant: Tenant, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[AnswerPart]:
-        """The answer to a prompt that stands for itself, within the tenant's limit, as `answer`."""
+        """The answer to a prompt that stands for itself, as `answer`."""
         self._quotas.take(tenant, "tokens", 0)
-        engine = self._engine.options(session_id=uuid.uuid4().hex, stream=True)
-        async with aclosing(_parts(engine.complete.remote(tenant.name, prompt, params))) as parts:
+
+        def begin(after: int) -> Any:
+            engine = self._engine.options(session_id=uuid.uuid4().hex, stream=True)
+            return engine.complete.remote(tenant.name, prompt, params, after)
+
+        async with aclosing(_parts(begin)) as parts:
             async for part in parts:
                 self._quotas.charge(tenant, "tokens", part.prompt_tokens + part.answer_tokens)
                 yield part
 
 
-async def _parts(response: Any) -> AsyncGenerator[AnswerPart]:
-    try:
-        async for part in response:
-            yield part
-    finally:
-        response.cancel()  # ends the answer if the client went away; no effect once it has ended
+async def _parts(begin: Callable[[int], Any]) -> AsyncGenerator[AnswerPart]:
+    """An answer's parts, taken up again where a replica left it.
+
+    begin: asks for what comes after so many tokens. Raises Unavailable when nothing has come for some attempts.
+    """
+    after, waits = 0, iter(_RETRY_SECONDS)
+    while True:
+        response = begin(after)
+        try:
+            async for part in response:
+                yield part
+                after, waits = part.token_index, iter(_RETRY_SECONDS)
+                if part.finish_reason is not None:
+                    return
+        except Exception as error:
+            wait = next(waits, None) if isinstance(known_error(error), Unavailable) else None
+            if wait is None:
+                raise
+            await asyncio.sleep(wait)
+        finally:
+            response.cancel()  # ends the answer if the caller went away; no effect once it has ended
 
 
 def known_error(error: Exception) -> SegcoreError:

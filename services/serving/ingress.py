@@ -104,6 +104,7 @@ class Ingress:
     @_unary(pb.CreateSessionResponse)
     async def CreateSession(self, request: pb.CreateSessionRequest, call: Call) -> pb.CreateSessionResponse:
         session_id = request.session_id or call.metadata("session_id") or uuid.uuid4().hex
+        await self._gate.check_sessions(call.tenant)
         info = await self._at(session_id, call).create.remote(call.tenant.name, session_id, request.model)
         return pb.CreateSessionResponse(session=codec.session_to(info))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 
 from segcore.errors import InvalidRequest
 from segcore.sampling import FinishReason
@@ -32,6 +34,11 @@ class DocumentInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class SessionInfo:
+    """generation: how many writes there were. points: positions in the stream, in tokens, to which it can be rewound.
+
+    Of a session that no replica works on, all tokens count as processed.
+    """
+
     session_id: str
     model: str
     create_time: float
@@ -39,15 +46,42 @@ class SessionInfo:
     pending_tokens: int
     segments: int
     documents: list[DocumentInfo]
+    generation: int = 0
+    ttl_s: float | None = None
+    points: list[int] = field(default_factory=list)
+    answering: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionPage:
+    """Some of a tenant's sessions, in the order of their ids; next_page_token: for the next, "" if there are none."""
+
+    sessions: list[SessionInfo]
+    next_page_token: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UploadAck:
-    """Everything below `committed_offset` is taken."""
+    """Everything below `committed_offset` is taken. generation: the session's.
+
+    waiting: the engine hasn't come so far yet as the call should have waited for: make it again, with no new bytes.
+    """
 
     committed_offset: int
     progress: Progress
     finished: bool = False
+    generation: int = 0
+    waiting: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """A part of a document, in bytes of its UTF-8 [start, end), and of how many tokens it was made."""
+
+    document_id: str
+    start_byte: int
+    end_byte: int
+    tokens: int
 
 
 # What an answer is asked of, apart from sessions: a text as it is, tokens, or messages of a chat, (role, content).
@@ -65,16 +99,19 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPart:
-    """Some text of an answer; the last part has a finish reason and the counts of tokens.
+    """Some text of an answer; the last part has a finish reason, the counts of tokens, and the session's generation.
 
+    token_index: how many of the answer's tokens all text so far stands for: where to go on after a break.
     logprobs: of the tokens since the part before, if asked for.
     """
 
     text: str
+    token_index: int = 0
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     answer_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    generation: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +129,23 @@ class ServerInfo:
     max_data_bytes: int
     window_bytes: int
     past_bytes_per_token: int
+
+
+def session_id_for(request_id: str) -> str:
+    """The id that a call which makes a session gives it, if the caller names none: the same for the same request."""
+    return hashlib.sha256(request_id.encode()).hexdigest()[:32] if request_id else uuid.uuid4().hex
+
+
+def check_tenant(tenant: str) -> None:
+    """Raise InvalidRequest unless `tenant` can be one's name; "" is nobody's."""
+    if tenant:
+        check_name("tenant", tenant)
+
+
+def check_request_id(request_id: str) -> None:
+    """Raise InvalidRequest unless it is empty, or can name a request."""
+    if request_id:
+        check_name("request_id", request_id)
 
 
 def check_name(name: str, value: str) -> None:

@@ -149,6 +149,8 @@ async def chat_completions(request: Request, gate: Gate, tenant: Tenant) -> Resp
     if asked.session_id is None:
         parts = gate.complete(tenant, asked.prompt(), params)
     else:
+        if params.logprobs is not None:
+            raise InvalidRequest("a session's answers come without log-probabilities", field="logprobs")
         parts = gate.answer(tenant, asked.session_id, _session_question(asked.prompt()), params)
     return await _respond(_Chat(await _served(gate, asked.model)), parts, asked)
 

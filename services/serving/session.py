@@ -1,306 +1,419 @@
 """Sessions as clients see them: documents of bytes, questions and answers of text. Knows no Ray and no gRPC.
 
-One asyncio loop drives it; the engine works on its own thread.
+One asyncio loop drives it; the engine works on its own thread. What a call has changed is in the directory before
+anything is answered, so a call that is made again, here or on another replica, goes on where the last one ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import asdict
 
 from segcore.engine.engine import Engine
 from segcore.errors import (
+    AlreadyExists,
     FailedPrecondition,
-    InvalidDocument,
     InvalidRequest,
-    LimitExceeded,
     NotFound,
     SegcoreError,
-    WrongOffset,
 )
 from segcore.sampling import SamplingParams
-from segcore.text import DocumentEncoder, check_question
 from segcore.weights import LoadedModel
-from services.serving.answer import Answer
+from services.serving.answers import Answers
 from services.serving.config import ServeConfig
-from services.serving.messages import AnswerPart, DocumentInfo, Progress, SessionInfo, UploadAck, check_name
+from services.serving.directory import open_directory
+from services.serving.directory.base import Directory, Name, Stored, absent, changed
+from services.serving.documents import Documents
+from services.serving.live import Live, Lives
+from services.serving.messages import (
+    AnswerPart,
+    DocumentInfo,
+    Passage,
+    SessionInfo,
+    SessionPage,
+    UploadAck,
+    check_name,
+    check_request_id,
+    check_tenant,
+)
+from services.serving.record import Done, Point, Record, digest_of
+from services.serving.transfer import export_bytes, import_bytes
 
-MAX_QUESTION_CHARS = 100_000
-
-
-@dataclass
-class _Document:
-    id: str
-    encoder: DocumentEncoder
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-    finished: bool = False
-
-    @property
-    def committed_offset(self) -> int:
-        return self.encoder.bytes_taken
-
-    @property
-    def info(self) -> DocumentInfo:
-        return DocumentInfo(document_id=self.id, committed_offset=self.committed_offset, finished=self.finished)
-
-
-@dataclass
-class _Session:
-    """started: the stream holds tokens. turn_open: a user's turn has begun. last_token: the last answer's last token.
-
-    key: its name in the engine. lock: one writer at a time.
-    """
-
-    id: str
-    key: str
-    create_time: float = field(default_factory=time.time)
-    documents: dict[str, _Document] = field(default_factory=dict)
-    started: bool = False
-    turn_open: bool = False
-    last_token: int | None = None
-    answer: Answer | None = None
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+# How long the results of calls outlive their session.
+_REMNANT_S = 3600.0
+_MOST_ON_A_PAGE = 1000
+_PIECE_BYTES = 2**20
 
 
 class Sessions:
-    """All sessions of one engine."""
+    """All sessions that are kept in one directory, as one replica serves them.
 
-    def __init__(self, model: LoadedModel, engine: Engine, config: ServeConfig) -> None:
+    tenant: whose session it is; to others it isn't there. request_id: a name of the caller's for the call: made again
+    under the same name it isn't carried out twice, but answered alike; asked otherwise, it raises AlreadyExists.
+    expected_generation: the only one at which the call is to be carried out; else it raises Conflict. timeout_s: when
+    the caller's time is up; what was done stays done.
+    """
+
+    def __init__(
+        self, model: LoadedModel, engine: Engine, config: ServeConfig, directory: Directory | None = None
+    ) -> None:
         self._model, self._engine, self._config = model, engine, config
-        self._sessions: dict[str, _Session] = {}
+        self._directory = directory or open_directory(config.sessions)
+        self._lives = Lives(model, engine, self._directory, config)
+        self._documents = Documents(model, engine, self._lives, config)
+        self._answers = Answers(model, engine, self._lives)
 
-    async def create(self, tenant: str, session_id: str, model: str) -> SessionInfo:
-        """Begin an empty session. Raises InvalidRequest, NotFound (model), AlreadyExists, Busy."""
-        check_name("session_id", session_id)
+    async def create(
+        self, tenant: str, session_id: str, model: str = "", *, ttl_s: float | None = None, request_id: str = ""
+    ) -> SessionInfo:
+        """Begin an empty session. Raises InvalidRequest, NotFound (model), AlreadyExists."""
+        name = _name(tenant, session_id)
         if model and model != self._model.name:
             raise NotFound(f"model {model!r} isn't served here; this service runs {self._model.name!r}", model=model)
-        key = _key(tenant, session_id)
-        self._engine.open(key, tenant=tenant)
-        self._sessions[key] = _Session(session_id, key)
-        return await self.get(tenant, session_id)
+        if ttl_s is not None and not 0 < ttl_s <= 10 * 365 * 24 * 3600:
+            raise InvalidRequest(f"ttl_s={ttl_s} must be above 0, and at most ten years", field="ttl")
+        record = Record(
+            model=self._model.name,
+            fingerprint=asdict(self._engine.fingerprint),
+            create_time=time.time(),
+            ttl_s=self._config.session_ttl_s if ttl_s is None else ttl_s,
+        )
+        return await self._make(name, record, [], request_id, digest_of("create", model=model, ttl_s=ttl_s))
 
     async def get(self, tenant: str, session_id: str) -> SessionInfo:
-        session = self._find(tenant, session_id)
-        stats = self._engine.session_stats(session.key)
-        return SessionInfo(
-            session_id=session_id,
-            model=self._model.name,
-            create_time=session.create_time,
-            processed_tokens=stats.tokens,
-            pending_tokens=stats.pending_tokens,
-            segments=stats.segments,
-            documents=[document.info for document in session.documents.values()],
-        )
+        name = _name(tenant, session_id)
+        stored = await self._read(name)
+        return self._info(name, stored, Record.read(stored.record))
 
-    async def delete(self, tenant: str, session_id: str) -> None:
-        session = self._find(tenant, session_id)
-        # The engine ends the step it is in first, which may take as long as a chunk.
-        await asyncio.to_thread(self._engine.close, session.key)
-        del self._sessions[session.key]
+    async def list_sessions(self, tenant: str, page_size: int = 100, page_token: str = "") -> SessionPage:
+        """Sessions in the order of their ids. page_token: of the page before."""
+        check_tenant(tenant)
+        if not 0 <= page_size <= _MOST_ON_A_PAGE:
+            raise InvalidRequest(f"page_size={page_size} must be at most {_MOST_ON_A_PAGE}", field="page_size")
+        if page_token:
+            check_name("page_token", page_token)
+        most = page_size or 100
+        ids = await self._lives.run(self._directory.names, tenant, page_token, most)
+        sessions = []
+        for session_id in ids:
+            try:
+                sessions.append(await self.get(tenant, session_id))
+            except NotFound:  # it went meanwhile
+                continue
+        return SessionPage(sessions=sessions, next_page_token=ids[-1] if len(ids) == most else "")
 
-    async def open_document(self, tenant: str, session_id: str, document_id: str, total_bytes: int | None) -> UploadAck:
+    async def delete(
+        self, tenant: str, session_id: str, *, request_id: str = "", expected_generation: int | None = None
+    ) -> None:
+        """End a session, and all that is under way on it. Raises NotFound, Conflict."""
+        name = _name(tenant, session_id)
+        check_request_id(request_id)
+        digest = digest_of("delete", expected_generation=expected_generation)
+        stored = await self._lives.run(self._directory.read, name)
+        if stored is None:
+            raise absent(name)
+        record = Record.read(stored.record)
+        if record.known(request_id, digest) is not None:
+            return
+        if stored.deleted:
+            raise absent(name)
+        remnant = Record(**record.model_dump(include={"model", "fingerprint", "create_time", "ttl_s", "requests"}))
+        remnant.remember(request_id, Done(digest=digest))
+        await self._lives.run(self._directory.delete, name, remnant.to_bytes(), _REMNANT_S, expected_generation)
+        await self._lives.forget(name)
+
+    async def fork(
+        self,
+        tenant: str,
+        session_id: str,
+        new_id: str,
+        *,
+        request_id: str = "",
+        expected_generation: int | None = None,
+    ) -> SessionInfo:
+        """A second session that goes on from where this one stands; past KV is shared, not copied.
+
+        Raises NotFound, AlreadyExists, and FailedPrecondition while the session answers.
+        """
+        name, new = _name(tenant, session_id), _name(tenant, new_id)
+        digest = digest_of("fork", source=session_id, expected_generation=expected_generation)
+        if (made := await self._made(new, request_id, digest)) is not None:
+            return made
+        async with self._lives.using(name) as live, self._lives.claimed(live):
+            self._check(live, expected_generation)
+            record = live.record.model_copy(deep=True)
+            record.create_time, record.requests = time.time(), {}
+            # What is read here is the directory's own: no other replica writes meanwhile.
+            log = await self._lives.run(lambda: list(self._directory.log(name, 0, live.entries)))
+            return await self._make(new, record, log, request_id, digest)
+
+    async def rewind(
+        self,
+        tenant: str,
+        session_id: str,
+        tokens: int,
+        *,
+        request_id: str = "",
+        expected_generation: int | None = None,
+    ) -> SessionInfo:
+        """Go back to one of the session's `points`, or to 0; what came after is forgotten.
+
+        Raises InvalidRequest for another position, FailedPrecondition while the session answers.
+        """
+        name = _name(tenant, session_id)
+        check_request_id(request_id)
+        digest = digest_of("rewind", tokens=tokens, expected_generation=expected_generation)
+        async with self._lives.using(name) as live:
+            async with self._lives.claimed(live):
+                if live.record.known(request_id, digest) is None:
+                    self._check(live, expected_generation)
+                    await self._lives.let_go(live)
+                    point = _rewound(live.record, tokens)
+                    live.tokens = tokens
+                    live.record.remember(request_id, Done(digest=digest))
+                    await self._lives.commit(live, keep=point.entries)
+            return await self.get(tenant, session_id)
+
+    async def export(self, tenant: str, session_id: str) -> AsyncIterator[bytes]:
+        """The session as bytes, for `import_session` here or elsewhere: its texts and tokens, no past KV."""
+        name = _name(tenant, session_id)
+        async with self._lives.using(name) as live, self._lives.claimed(live):
+            self._check(live, None)
+            log = await self._lives.run(lambda: list(self._directory.log(name, 0, live.entries)))
+            data = export_bytes(live.record, log)
+        for start in range(0, len(data), _PIECE_BYTES):
+            yield data[start : start + _PIECE_BYTES]
+
+    async def import_session(self, tenant: str, session_id: str, data: bytes, *, request_id: str = "") -> SessionInfo:
+        """A new session that goes on where an exported one stood. Raises InvalidRequest, AlreadyExists."""
+        name = _name(tenant, session_id)
+        record, log = await asyncio.to_thread(import_bytes, data, self._engine.spec.vocabulary)
+        digest = digest_of("import", data=data[-32:].hex())
+        return await self._make(name, record, log, request_id, digest)
+
+    async def open_document(
+        self,
+        tenant: str,
+        session_id: str,
+        document_id: str,
+        total_bytes: int | None,
+        *,
+        expected_generation: int | None = None,
+    ) -> UploadAck:
         """Begin a document, or continue the open one; a finished one is acknowledged as finished.
 
         Raises FailedPrecondition if another one is open, LimitExceeded if it can't fit.
         """
+        name = _name(tenant, session_id)
         check_name("document_id", document_id)
-        session = self._find(tenant, session_id)
-        self._check_idle(session)
-        limit = self._config.max_document_bytes
-        if total_bytes is not None and not 0 <= total_bytes <= limit:
-            raise self._too_long(limit)
-        document = session.documents.get(document_id)
-        if document is None:
-            self._check_none_open(session)
-            document = session.documents[document_id] = _Document(document_id, DocumentEncoder(self._model.tokenizer))
-        return self._ack(session, document, finished=document.finished)
+        async with self._lives.using(name) as live, self._lives.claimed(live):
+            self._check(live, expected_generation)
+            return await self._documents.open(live, document_id, total_bytes)
 
-    async def append(self, tenant: str, session_id: str, document_id: str, offset: int, data: bytes) -> UploadAck:
+    async def append(
+        self,
+        tenant: str,
+        session_id: str,
+        document_id: str,
+        offset: int,
+        data: bytes,
+        *,
+        timeout_s: float | None = None,
+    ) -> UploadAck:
         """Take bytes at `offset`, which must be the committed offset; returns when the engine has room for more.
 
-        Raises WrongOffset, InvalidDocument, LimitExceeded; then nothing of `data` is taken.
+        If that takes longer than a slice, the acknowledgement says that it is `waiting`. Raises WrongOffset,
+        InvalidDocument, LimitExceeded; then nothing of `data` is taken. DeadlineExceeded, Unavailable: the detail
+        committed_offset says what is.
         """
-        session = self._find(tenant, session_id)
-        async with session.lock:
-            self._check_idle(session)
-            document = self._open_document(session, document_id)
-            if offset != document.committed_offset:
-                raise WrongOffset(
-                    f"data begin at byte {offset}, but {document.committed_offset} bytes are committed; continue there",
-                    committed_offset=document.committed_offset,
-                )
-            if len(data) > self._config.max_data_bytes:
-                raise InvalidRequest(
-                    f"a message of {len(data)} bytes is over max_data_bytes={self._config.max_data_bytes}; send less",
-                    field="data",
-                )
-            if offset + len(data) > self._config.max_document_bytes:
-                raise self._too_long(self._config.max_document_bytes)
-            encoder = document.encoder.fork()
-            tokens = await asyncio.to_thread(encoder.feed, data)
-            opening = self._opening(session, document)
-            # What the encoder holds back must fit too, or the document could never be finished.
-            self._check_room(session.key, len(opening) + len(tokens) + encoder.most_tokens_held)
-            self._engine.append(session.key, opening + tokens)
-            document.encoder = encoder
-            document.digest.update(data)
-            session.started = session.turn_open = True
-            await asyncio.wrap_future(self._engine.room(session.key))
-            return self._ack(session, document)
+        async with self._lives.using(_name(tenant, session_id)) as live, self._lives.claimed(live, resident=True):
+            self._check(live, None)
+            return await self._documents.append(live, document_id, offset, data, timeout_s)
 
     async def finish(
-        self, tenant: str, session_id: str, document_id: str, total_bytes: int, sha256: bytes
+        self,
+        tenant: str,
+        session_id: str,
+        document_id: str,
+        total_bytes: int,
+        sha256: bytes,
+        *,
+        timeout_s: float | None = None,
     ) -> UploadAck:
         """End a document whose size and digest are as given; returns when all of it has been run.
 
+        If that takes longer than a slice, the acknowledgement says that it is `waiting`. Made again, it waits on.
         Raises InvalidDocument; then the document stays open.
         """
-        session = self._find(tenant, session_id)
-        async with session.lock:
-            self._check_idle(session)
-            document = self._open_document(session, document_id)
-            if document.committed_offset == 0:
-                del session.documents[document_id]
-                raise InvalidDocument("the document is empty")
-            if total_bytes != document.committed_offset:
-                raise WrongOffset(
-                    f"the document is said to have {total_bytes} bytes, and {document.committed_offset} came",
-                    committed_offset=document.committed_offset,
-                )
-            if sha256 != document.digest.digest():
-                raise InvalidDocument(
-                    "the document's SHA-256 isn't that of the bytes that came; delete the session and upload again",
-                    received_sha256=document.digest.hexdigest(),
-                )
-            self._engine.append(session.key, document.encoder.fork().finish())
-            document.finished = True
-            await asyncio.wrap_future(self._engine.flush(session.key))
-            return self._ack(session, document, finished=True)
+        async with self._lives.using(_name(tenant, session_id)) as live, self._lives.claimed(live, resident=True):
+            self._check(live, None)
+            return await self._documents.finish(live, document_id, total_bytes, sha256, timeout_s)
 
     async def get_document(self, tenant: str, session_id: str, document_id: str) -> DocumentInfo:
-        return self._document(self._find(tenant, session_id), document_id).info
+        info = await self.get(tenant, session_id)
+        found = next((document for document in info.documents if document.document_id == document_id), None)
+        if found is None:
+            raise NotFound(f"document {document_id!r} doesn't exist; begin it with a header", document_id=document_id)
+        return found
+
+    async def document_bytes(self, tenant: str, session_id: str, document_id: str) -> bytes:
+        """What was uploaded of a document. Raises NotFound."""
+        name = _name(tenant, session_id)
+        stored = await self._read(name)
+        return await self._lives.run(self._documents.bytes_of, name, Record.read(stored.record), document_id)
+
+    async def passages(self, tenant: str, session_id: str) -> list[Passage]:
+        """The parts of documents that were last retrieved; none if the session isn't in the engine just now."""
+        name = _name(tenant, session_id)
+        stored = await self._read(name)
+        live = self._lives.find(name)
+        if live is None or not live.resident:
+            return []
+        record, positions = Record.read(stored.record), await asyncio.to_thread(self._engine.retrieved, live.key)
+        return await self._lives.run(self._documents.passages, name, record, positions)
+
+    async def count(self, tenant: str, most: int) -> int:
+        """How many sessions there are, but at most `most`."""
+        return len(await self._lives.run(self._directory.names, tenant, "", most))
+
+    def room(self, tenant: str, name: str) -> AbstractAsyncContextManager[None]:
+        """Room in the engine for a stream that is no session. Raises Busy."""
+        return self._lives.room(Name(tenant, name))
 
     async def generate(
-        self, tenant: str, session_id: str, question: str, params: SamplingParams
-    ) -> AsyncIterator[AnswerPart]:
-        """Ask, and stream the answer. Closing the iterator ends the answer where it is.
+        self,
+        tenant: str,
+        session_id: str,
+        question: str,
+        params: SamplingParams,
+        *,
+        request_id: str = "",
+        after: int = 0,
+        timeout_s: float | None = None,
+        slice_s: float | None = None,
+        expected_generation: int | None = None,
+    ) -> AsyncGenerator[AnswerPart]:
+        """Ask, and stream the answer, whose last part has a finish reason.
 
-        Raises InvalidRequest, FailedPrecondition, LimitExceeded; nothing of the question is then in the stream.
+        With a request_id the answer can be taken up anywhere after a break, or after its end: it goes on after the
+        first `after` tokens. slice_s: the stream ends after so long, answer or no; call again. Without a request_id,
+        closing the iterator ends the answer. Raises InvalidRequest, FailedPrecondition, LimitExceeded; nothing of the
+        question is then in the stream.
         """
-        check_question(question)
-        if len(question) > MAX_QUESTION_CHARS:
-            raise InvalidRequest(
-                f"the question is longer than {MAX_QUESTION_CHARS} characters; upload it as a document",
-                field="question",
-            )
-        session = self._find(tenant, session_id)
-        async with session.lock:
-            self._check_idle(session)
-            self._check_none_open(session)
-            prompt_tokens = self._ask(session, question)
-            answer = Answer(self._model, params)
-            session.answer = answer
-            self._engine.generate(session.key, answer.generation)
-        answer.generation.done.add_done_callback(answer.on_loop(lambda: self._end_answer(session, answer)))
-        try:
-            async for part in answer.parts(prompt_tokens):
+        name = _name(tenant, session_id)
+        check_request_id(request_id)
+        request = self._answers.request(question, params, request_id, after, expected_generation)
+        async with (
+            self._lives.using(name) as live,
+            aclosing(self._answers.stream(live, request, timeout_s, slice_s)) as parts,
+        ):
+            async for part in parts:
                 yield part
-        finally:
-            self._engine.abort(answer.generation)
 
     async def cancel_answer(self, tenant: str, session_id: str) -> None:
         """End the answer under way, if any; returns when the session takes calls again."""
-        answer = self._find(tenant, session_id).answer
-        if answer is not None:
-            self._engine.abort(answer.generation)
-            await asyncio.wait([asyncio.wrap_future(answer.generation.done)])
+        name = _name(tenant, session_id)
+        async with self._lives.using(name) as live:
+            await self._answers.cancel(live)
 
-    def _ask(self, session: _Session, question: str) -> int:
-        """Put a question and its turn mark into the stream; returns the stream's length after it."""
-        chat, tokenizer = self._model.chat, self._model.tokenizer
-        text = tokenizer.encode_continuation(question) if session.turn_open else tokenizer.encode(question)
-        before, after = chat.prompt_tail(self._opening(session) + text)
-        length = self._check_room(session.key, len(before) + len(after) + 1) - 1
-        self._engine.append(session.key, before)
-        self._engine.mark(session.key)
-        self._engine.append(session.key, after)
-        session.started, session.turn_open = True, False
-        return length
+    async def drain(self) -> None:
+        """End all calls at the next step, for other replicas to go on with; take no more."""
+        await self._lives.drain()
 
-    def _check_room(self, key: str, tokens: int) -> int:
-        """The stream's length with so many more tokens. Raises LimitExceeded if that is too long."""
-        stats, limit = self._engine.session_stats(key), self._engine.max_stream_tokens
-        length = stats.tokens + stats.pending_tokens + tokens
-        if length > limit:
-            raise LimitExceeded(f"the stream would be longer than {limit} tokens", max_tokens=limit)
-        return length
+    def close(self) -> None:
+        """Let go of the directory."""
+        self._directory.close()
 
-    def _opening(self, session: _Session, document: _Document | None = None) -> list[int]:
-        """The tokens before a text: those that open a user's turn, or that part it from the text before."""
-        if document is not None and document.committed_offset:
-            return []
-        chat = self._model.chat
-        if session.turn_open:
-            return chat.separator
-        return chat.reopen(session.last_token) if session.started else chat.head
+    async def _read(self, name: Name) -> Stored:
+        stored: Stored | None = await self._lives.run(self._directory.read, name)
+        if stored is None or stored.deleted:
+            raise absent(name)
+        return stored
 
-    def _end_answer(self, session: _Session, answer: Answer) -> None:
-        session.answer = None
-        session.last_token = answer.last_token
+    async def _make(self, name: Name, record: Record, log: list[bytes], request_id: str, digest: str) -> SessionInfo:
+        """Put a new session into the directory, once for each request."""
+        if (made := await self._made(name, request_id, digest)) is not None:
+            return made
+        record.remember(request_id, Done(digest=digest))
+        try:
+            await self._lives.run(self._directory.create, name, record.to_bytes(), log, ttl_s=record.ttl_s)
+        except AlreadyExists:
+            if (made := await self._made(name, request_id, digest)) is not None:
+                return made
+            raise
+        return await self.get(*name)
 
-    def _find(self, tenant: str, session_id: str) -> _Session:
-        session = self._sessions.get(_key(tenant, session_id))
-        if session is None:
-            raise NotFound(f"session {session_id!r} doesn't exist; create it first", session_id=session_id)
-        return session
+    async def _made(self, name: Name, request_id: str, digest: str) -> SessionInfo | None:
+        """The session that this request has made already, though it may have gone meanwhile."""
+        check_request_id(request_id)
+        stored = await self._lives.run(self._directory.read, name) if request_id else None
+        if stored is None:
+            return None
+        record = Record.read(stored.record)
+        return None if record.known(request_id, digest) is None else self._info(name, stored, record)
 
-    def _check_idle(self, session: _Session) -> None:
-        if session.answer is not None:
-            raise FailedPrecondition(f"session {session.id!r} is answering; wait for the answer's end, or cancel it")
+    def _check(self, live: Live, expected_generation: int | None) -> None:
+        if expected_generation is not None and expected_generation != live.generation:
+            raise changed(live.name, live.generation)
+        if live.record.answer is not None:
+            raise FailedPrecondition(
+                f"session {live.name.session_id!r} is answering; wait for the answer's end, or cancel it",
+                request_id=live.record.answer.request_id,
+            )
 
-    def _document(self, session: _Session, document_id: str) -> _Document:
-        if document_id not in session.documents:
-            raise NotFound(f"document {document_id!r} doesn't exist; begin it with a header", document_id=document_id)
-        return session.documents[document_id]
-
-    def _open_document(self, session: _Session, document_id: str) -> _Document:
-        document = self._document(session, document_id)
-        if document.finished:
-            raise FailedPrecondition(f"document {document_id!r} is already finished")
-        return document
-
-    def _check_none_open(self, session: _Session) -> None:
-        """Raise FailedPrecondition if a document has begun and not ended; forget one that got no byte."""
-        for document in list(session.documents.values()):
-            if document.finished:
-                continue
-            if document.committed_offset:
-                raise FailedPrecondition(
-                    f"document {document.id!r} is still open at byte {document.committed_offset}; finish it first",
-                    document_id=document.id,
-                    committed_offset=document.committed_offset,
+    def _info(self, name: Name, stored: Stored, record: Record) -> SessionInfo:
+        tokens, pending = record.tokens, 0
+        live = self._lives.find(name)
+        if live is not None and live.resident:
+            try:
+                stats = self._engine.session_stats(live.key)
+                tokens, pending = stats.tokens, stats.pending_tokens
+            except SegcoreError:  # just let go of
+                pass
+        return SessionInfo(
+            session_id=name.session_id,
+            model=record.model,
+            create_time=record.create_time,
+            processed_tokens=tokens,
+            pending_tokens=pending,
+            segments=tokens // self._engine.config.segment.segment_tokens,
+            documents=[
+                DocumentInfo(
+                    document_id=document.id, committed_offset=document.committed_offset, finished=document.finished
                 )
-            del session.documents[document.id]
-
-    def _too_long(self, limit: int) -> SegcoreError:
-        return LimitExceeded(f"a document may have at most {limit} bytes here", max_document_bytes=limit)
-
-    def _ack(self, session: _Session, document: _Document, *, finished: bool = False) -> UploadAck:
-        stats, engine = self._engine.session_stats(session.key), self._engine.stats()
-        progress = Progress(
-            processed_tokens=stats.tokens,
-            pending_tokens=stats.pending_tokens,
-            segments=stats.segments,
-            engine_bytes=engine.engine_bytes,
-            past_host_bytes=engine.past_bytes["host"],
-            past_disk_bytes=engine.past_bytes.get("disk", 0),
+                for document in record.documents
+            ],
+            generation=stored.generation,
+            ttl_s=record.ttl_s,
+            points=[point.tokens for point in record.points],
+            answering=record.answer is not None,
         )
-        return UploadAck(committed_offset=document.committed_offset, progress=progress, finished=finished)
 
 
-def _key(tenant: str, session_id: str) -> str:
-    """A session's name in the engine."""
-    return f"{tenant}/{session_id}"
+def _name(tenant: str, session_id: str) -> Name:
+    check_tenant(tenant)
+    check_name("session_id", session_id)
+    return Name(tenant, session_id)
+
+
+def _rewound(record: Record, tokens: int) -> Point:
+    """Take a record back to a point. Raises InvalidRequest if there is none at that token."""
+    start = Point(tokens=0, entries=0, documents=0, turn_open=False, last_token=None)
+    points = [start, *record.points]
+    if tokens not in [point.tokens for point in points]:
+        raise InvalidRequest(
+            f"a session can go back to the end of a document or an answer: to token"
+            f" {', '.join(str(point.tokens) for point in points)}; not to {tokens}",
+            field="tokens",
+        )
+    last = max(i for i, point in enumerate(points) if point.tokens == tokens)
+    point, record.points = points[last], points[1 : last + 1]
+    record.documents = record.documents[: point.documents]
+    record.turn_open, record.last_token = point.turn_open, point.last_token
+    gone = [id for id, done in record.requests.items() if done.last_entry > point.entries]
+    for request_id in gone:
+        del record.requests[request_id]
+    return point

@@ -51,9 +51,9 @@ def trailers_of(error: errors.SegcoreError) -> list[tuple[str, bytes]]:
     info = ErrorInfo(reason=reason_of(type(error)), domain=DOMAIN, metadata=error.details)
     status = Status(code=code_of(error).value[0], message=error.message)
     status.details.add().Pack(info)
-    if "retry_after_ms" in error.details:
+    if "retry_after_s" in error.details:
         retry = RetryInfo()
-        retry.retry_delay.FromMilliseconds(int(error.details["retry_after_ms"]))
+        retry.retry_delay.FromMilliseconds(round(float(error.details["retry_after_s"]) * 1000))
         status.details.add().Pack(retry)
     return [(_TRAILER, status.SerializeToString())]
 

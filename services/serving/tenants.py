@@ -145,7 +145,7 @@ class Quotas:
         if wait > 0:
             raise Busy(
                 f"the limit of {bucket.limit} {kind} a minute is used up; try again in {wait:.1f} s",
-                retry_after_ms=int(wait * 1000) + 1,
+                retry_after_s=f"{wait + 1e-3:.3f}",
             )
         bucket.level -= amount
 

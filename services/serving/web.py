@@ -16,7 +16,7 @@ from starlette.routing import Route
 from segcore.errors import InvalidRequest, NotFound, SegcoreError
 from services.serving import openai
 from services.serving.gate import Gate, known_error
-from services.serving.messages import UploadAck
+from services.serving.messages import UploadAck, check_name
 from services.serving.tenants import Tenant
 from services.serving.weberror import body_of, read_body, read_object, response_of
 
@@ -48,11 +48,14 @@ def web_app(gate: Gate) -> Starlette:
         route("/v1/sessions", create_session, "POST"),
         route(session, get_session, "GET"),
         route(session, delete_session, "DELETE"),
+        route(session + "/fork", fork, "POST"),
+        route(session + "/passages", passages, "GET"),
         route(document, append, "PUT"),
         route(document + "/finish", finish, "POST"),
         Route("/healthz", _health(gate)),
         *(Route(path, _file(name)) for path, name in _FILES.items()),
     ]
+    routes.append(Route("/favicon.ico", _no_icon))
     return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
 
@@ -66,6 +69,8 @@ async def server(request: Request, gate: Gate, tenant: Tenant) -> Response:
 async def create_session(request: Request, gate: Gate, tenant: Tenant) -> Response:
     wanted = await read_object(request, {"session_id": str, "model": str})
     name = wanted.get("session_id") or uuid.uuid4().hex
+    check_name("session_id", name)
+    await gate.check_sessions(tenant)
     info = await gate.engine(name).create.remote(tenant.name, name, wanted.get("model", ""))
     return JSONResponse(dataclasses.asdict(info), 201)
 
@@ -79,6 +84,22 @@ async def delete_session(request: Request, gate: Gate, tenant: Tenant) -> Respon
     name = request.path_params["session_id"]
     await gate.engine(name).delete.remote(tenant.name, name)
     return Response(status_code=204)
+
+
+async def fork(request: Request, gate: Gate, tenant: Tenant) -> Response:
+    name = request.path_params["session_id"]
+    new = (await read_object(request, {"session_id": str})).get("session_id") or uuid.uuid4().hex
+    check_name("session_id", new)
+    await gate.check_sessions(tenant)
+    info = await gate.engine(name).fork.remote(tenant.name, name, new)
+    return JSONResponse(dataclasses.asdict(info), 201)
+
+
+async def passages(request: Request, gate: Gate, tenant: Tenant) -> Response:
+    """The parts of documents that were last chosen."""
+    name = request.path_params["session_id"]
+    found = await gate.engine(name).passages.remote(tenant.name, name)
+    return JSONResponse({"passages": [dataclasses.asdict(passage) for passage in found]})
 
 
 async def append(request: Request, gate: Gate, tenant: Tenant) -> Response:
@@ -139,6 +160,10 @@ def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
         return FileResponse(_PAGE / name, headers=_PAGE_HEADERS)
 
     return file
+
+
+async def _no_icon(request: Request) -> Response:
+    return Response(status_code=204)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

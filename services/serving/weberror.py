@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Any
 
 from starlette.requests import Request
@@ -38,10 +40,10 @@ def body_of(error: SegcoreError) -> dict[str, Any]:
 
 
 def response_of(error: SegcoreError) -> JSONResponse:
-    headers = {}
-    if "retry_after_ms" in error.details:
-        headers["Retry-After"] = str(-(-int(error.details["retry_after_ms"]) // 1000))
-        headers["retry-after-ms"] = error.details["retry_after_ms"]
+    headers: dict[str, str] = {}
+    if "retry_after_s" in error.details:
+        seconds = float(error.details["retry_after_s"])
+        headers |= {"Retry-After": str(math.ceil(seconds)), "retry-after-ms": str(round(seconds * 1000))}
     if isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body_of(error), status_of(error), headers)
@@ -59,8 +61,6 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 async def read_object(request: Request, fields: dict[str, type], limit: int = 100_000) -> dict[str, Any]:
     """A small JSON object, of which `fields` names all that it may hold. Raises InvalidRequest."""
-    import json
-
     body = await read_body(request, limit)
     try:
         made = json.loads(body or b"{}")

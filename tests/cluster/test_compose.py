@@ -27,7 +27,11 @@ def services() -> dict[str, dict]:
 
 @pytest.mark.parametrize(
     ("right", "wrong"),
-    [("mem_limit:", "mem_limitt:"), ("{redis: {condition", "{rediss: {condition"), ("[ray_token]", "[ray_tokens]")],
+    [
+        ("mem_limit:", "mem_limitt:"),
+        ("{redis: {condition", "{rediss: {condition"),
+        ("secrets: [ray_token]", "secrets: [ray_tokens]"),
+    ],
     ids=["misspelt", "a service that isn't there", "a secret that isn't there"],
 )
 def test_a_fault_is_found(tmp_path, right, wrong):
@@ -65,3 +69,13 @@ def test_each_profile_has_two_engines_with_files_of_their_own(services):
         assert len(engines) == 2
         assert len({each["volumes"][0]["source"] for each in engines}) == 2
         assert all(json.loads(each["command"][-1].partition("=")[2]) == {"engine": 1} for each in engines)
+
+
+def test_files_that_the_application_names_are_mounted(services):
+    (application,) = yaml.safe_load((ROOT / "cluster" / "serve.yaml").read_text())["applications"]
+    named = {value for value in application["args"].values() if str(value).startswith("/etc/")}
+    assert named == {
+        secret["target"] for secret in services["front"]["secrets"] if secret["target"].startswith("/etc/")
+    }
+    password = application["args"]["redis_password"]
+    assert all(password in [secret["target"] for secret in services[node]["secrets"]] for node in NODES)

@@ -185,7 +185,9 @@ def test_the_service_is_serve_yaml_with_its_own_values(render):
     assert serve == ours
     args, before = application.pop("args"), plain.pop("args")
     assert application == plain
-    assert {name for name, value in before.items() if args.get(name) != value} == {"fronts", "autoscaling", "tenants"}
+    assert {name for name, value in before.items() if args.get(name) != value} == {
+        *("fronts", "autoscaling", "tenants", "sessions")
+    }
     assert args["slots"] == 3
     groups = {group["groupName"]: group for group in spec["rayClusterConfig"]["workerGroupSpecs"]}
     assert args["fronts"] == groups["front"]["replicas"]
@@ -195,13 +197,13 @@ def test_the_service_is_serve_yaml_with_its_own_values(render):
         assert resources.items() <= given.items()
 
 
-def test_files_that_a_service_reads_are_mounted_on_its_fronts(render):
+def test_files_that_a_service_reads_are_mounted(render):
     spec = of_kind(render(*FORMS["service, GPUs, everything"]), "RayService")["spec"]
     (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
-    front = next(group for group in spec["rayClusterConfig"]["workerGroupSpecs"] if group["groupName"] == "front")
-    mounts = {mount["mountPath"] for mount in next(pods(front))["containers"][0]["volumeMounts"]}
-    for name in ("tls_certificate", "tls_key", "tenants"):
-        assert str(Path(application["args"][name]).parent) in mounts
+    for group in spec["rayClusterConfig"]["workerGroupSpecs"]:
+        mounts = {mount["mountPath"] for mount in next(pods(group))["containers"][0]["volumeMounts"]}
+        for name in ("tls_certificate", "tls_key", "tenants", "redis_password"):
+            assert str(Path(application["args"][name]).parent) in mounts
 
 
 def test_what_a_service_runs_can_be_built(render):

@@ -12,6 +12,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
+from segcore.errors import ConfigError
 from services.serving.app import APPLICATION, build
 from services.serving.config import ServeConfig
 
@@ -67,3 +68,15 @@ def test_a_misspelt_setting_is_refused(schema):
     builder = import_attr(application.import_path)
     with pytest.raises(ValueError, match="replicass"):
         call_user_app_builder_with_args_if_necessary(builder, {"replicass": 2})
+
+
+def test_passwords_come_from_a_file_on_the_engines(tmp_path):
+    file = tmp_path / "password"
+    file.write_text("p@ss/word\\1\n")
+    config = ServeConfig(sessions="redis://redis:6379/1", past_shared="rediss://u:p@other:1/0", redis_password=file)
+    assert config.with_password().sessions == "redis://:p%40ss%2Fword%5C1@redis:6379/1"
+    assert config.with_password().past_shared == config.past_shared
+    assert ServeConfig(sessions="/a/file", redis_password=file).with_password().sessions == "/a/file"
+    file.unlink()
+    with pytest.raises(ConfigError, match="redis_password"):
+        config.with_password()

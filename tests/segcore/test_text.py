@@ -219,6 +219,19 @@ def test_an_empty_document_is_refused(pieces):
 
 
 @settings(max_examples=15, deadline=None)
+@given(documents, cuts)
+def test_an_encoder_goes_on_from_the_bytes_that_it_held(text, cuts):
+    pieces, encoder, taken, tokens = chop(text.encode(), cuts), DocumentEncoder(BYTES), b"", list[int]()
+    for piece in pieces:
+        tokens += encoder.feed(piece)
+        taken += piece
+        held = taken[len(taken) - encoder.bytes_held :]
+        encoder = DocumentEncoder.continued(BYTES, len(taken), held)
+    if taken:
+        assert tokens + encoder.finish() == encode_in(BYTES, pieces)
+
+
+@settings(max_examples=15, deadline=None)
 @given(documents, documents, st.integers(0, 2**20))
 def test_forks_go_on_alone(text, other, cut):
     """Also from the middle of a character."""

@@ -70,9 +70,6 @@ spec:
       imagePullPolicy: {{ $.Values.image.pullPolicy }}
       securityContext: {{- include "segcore.containerSecurity" $ | nindent 8 }}
       resources: {{- include "segcore.resources" $resources | nindent 8 }}
-      env:
-        - name: STORE_REDIS_PASSWORD
-          valueFrom: {secretKeyRef: {name: {{ $.Values.secrets.redis }}, key: password}}
       ports:
         - {name: metrics, containerPort: 8080}
         {{- if eq $component "head" }}
@@ -100,7 +97,7 @@ spec:
         {{- if and $.Values.config (eq $component "head") }}
         - {name: run, mountPath: /etc/segcore/run, readOnly: true}
         {{- end }}
-        {{- range $name := list "tls" "tenants" }}
+        {{- range $name := list "redis" "tls" "tenants" }}
         {{- if index $.Values.secrets $name }}
         - {name: {{ $name }}, mountPath: /etc/segcore/{{ $name }}, readOnly: true}
         {{- end }}
@@ -125,7 +122,7 @@ spec:
     {{- if and $.Values.config (eq $component "head") }}
     - {name: run, configMap: {name: {{ $.Release.Name }}-run}}
     {{- end }}
-    {{- range $name := list "tls" "tenants" }}
+    {{- range $name := list "redis" "tls" "tenants" }}
     {{- if index $.Values.secrets $name }}
     - {name: {{ $name }}, secret: {secretName: {{ index $.Values.secrets $name }}, defaultMode: 288}}
     {{- end }}

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 import segcore
 from segcore.engine.engine import Engine
+from segcore.sampling import SamplingParams
 from segcore.weights import LoadedModel
 from services.serving.config import ServeConfig
 from services.serving.engine_deployment import EngineDeployment
 from services.serving.session import Sessions
 from tests.conftest import SERVED_SEGMENT
-from tests.services.serving.fronts import RunningFront
+from tests.services.serving.fronts import Loop, Replica, RunningFront
+
+# Some 1,100 tokens: 17 segments. Characters of several bytes fall on the borders of messages.
+DOCUMENT = "".join(f"Entry {i}: the café at № {i * 7919 % 10007}.\n" for i in range(36)).encode()
+QUESTION = "When does the café open?"
+GREEDY = SamplingParams(max_tokens=40, stop=("ÿ",))
+SAMPLED = SamplingParams(max_tokens=40, stop=("ÿ",), temperature=1.0, seed=5)
 
 
 @pytest.fixture(scope="session")
@@ -31,56 +40,106 @@ def config(model_directory: Path, tmp_path: Path) -> ServeConfig:
         segment=SERVED_SEGMENT,
         chunk_tokens=64,
         past_directory=tmp_path / "past-kv",
+        past_shared=str(tmp_path / "shared"),
+        sessions=str(tmp_path / "sessions.sqlite"),
         max_sessions=8,
+        lease_s=60,
     )
 
 
-@pytest.fixture
-def replica(served_model: LoadedModel, config: ServeConfig) -> Iterator[Callable[..., Sessions]]:
-    """Makes what one replica has: sessions on an engine of their own; changes are of the configuration."""
-    engines: list[Engine] = []
+@pytest_asyncio.fixture
+async def replica(served_model: LoadedModel, config: ServeConfig) -> AsyncIterator[Callable[..., Sessions]]:
+    """Makes what one replica has: sessions of the one directory, on an engine of their own; changes are of the
+    configuration."""
+    made: list[Sessions] = []
 
     def make(**changes: object) -> Sessions:
         changed = config.model_copy(update=changes)
-        engines.append(Engine(served_model.lm, served_model.identified(changed.engine_config())))
-        return Sessions(served_model, engines[-1], changed)
+        engine = Engine(served_model.lm, served_model.identified(changed.engine_config()))
+        made.append(Sessions(served_model, engine, changed))
+        return made[-1]
 
     yield make
-    for engine in engines:
-        engine.check_integrity()
-        engine.shutdown()
+    for sessions in made:
+        await sessions.drain()
+        sessions._engine.check_integrity()
+        sessions._engine.shutdown()
+        sessions.close()
+
+
+async def upload(
+    sessions: Sessions, name: str = "s", document: bytes = DOCUMENT, *, document_id: str = "d", piece: int = 97
+) -> None:
+    """A whole document, from where it is."""
+    ack = await sessions.open_document("", name, document_id, None)
+    for offset in range(ack.committed_offset, len(document), piece):
+        await sessions.append("", name, document_id, offset, document[offset : offset + piece])
+    await sessions.finish("", name, document_id, len(document), hashlib.sha256(document).digest())
+
+
+async def ask(sessions: Sessions, name: str = "s", params: SamplingParams = GREEDY, **options: object) -> str:
+    """A whole answer, or what is left of it."""
+    parts = sessions.generate("", name, QUESTION, params, **options)  # type: ignore[arg-type]
+    return "".join([part.text async for part in parts])
+
+
+@pytest_asyncio.fixture
+async def undisturbed(replica: Callable[..., Sessions], tmp_path: Path) -> Callable[..., object]:
+    """The text that a session gives which nothing disturbs: its document, an answer, and a second one."""
+
+    async def texts(params: SamplingParams) -> list[str]:
+        alone = replica(sessions=str(tmp_path / "alone.sqlite"), past_shared=None)
+        await alone.create("", "s")
+        await upload(alone)
+        return [await ask(alone, params=params), await ask(alone, params=params)]
+
+    return texts
 
 
 @pytest.fixture(scope="module")
-def engine(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineDeployment]:
-    """What one replica runs, without Ray."""
-    made = EngineDeployment(
-        ServeConfig(
-            model=str(model_directory),
-            dtype="float32",
-            device="cpu",
-            threads=1,
-            segment=SERVED_SEGMENT,
-            chunk_tokens=64,
-            past_directory=tmp_path_factory.mktemp("past-kv"),
-            max_sessions=8,
-            max_session_tokens=4000,
-            max_document_bytes=10_000,
-            max_data_bytes=4096,
-        )
-    )
+def loop() -> Iterator[Loop]:
+    made = Loop()
     yield made
-    made._engine.check_integrity()
-    made._engine.shutdown()
+    made.close()
 
 
 @pytest.fixture(scope="module")
-def front(engine: EngineDeployment) -> Iterator[Callable[..., RunningFront]]:
+def engine(loop: Loop, model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineDeployment]:
+    """What one replica runs, without Ray."""
+    folder = tmp_path_factory.mktemp("engine")
+    config = ServeConfig(
+        model=str(model_directory),
+        dtype="float32",
+        device="cpu",
+        threads=1,
+        segment=SERVED_SEGMENT,
+        chunk_tokens=64,
+        past_directory=folder / "past-kv",
+        sessions=str(folder / "sessions.sqlite"),
+        max_sessions=8,
+        max_session_tokens=4000,
+        max_document_bytes=10_000,
+        max_data_bytes=4096,
+        window_bytes=1024,
+    )
+
+    async def make() -> EngineDeployment:
+        return Replica(config)
+
+    made = loop.call(make())
+    yield made
+    loop.call(made._sessions.drain())
+    made._engine.check_integrity()
+    loop.call(made.end())
+
+
+@pytest.fixture(scope="module")
+def front(loop: Loop, engine: EngineDeployment) -> Iterator[Callable[..., RunningFront]]:
     """Makes fronts before it; changes are of the configuration."""
     made: list[RunningFront] = []
 
     def make(**changes: object) -> RunningFront:
-        made.append(RunningFront(engine, engine._config.model_copy(update=changes)))
+        made.append(RunningFront(loop, engine, engine._config.model_copy(update=changes)))
         return made[-1]
 
     yield make

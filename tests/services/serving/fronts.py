@@ -20,14 +20,14 @@ class LocalHandle:
     def __init__(self, target: Any, method: str = "", stream: bool = False) -> None:
         self._target, self._method, self._stream = target, method, stream
 
-    def options(self, *, session_id: str = "", stream: bool = False) -> LocalHandle:
+    def options(self, *, session_id: str = "", stream: bool = False, _by_reference: bool = True) -> LocalHandle:
         return LocalHandle(self._target, self._method, stream)
 
     def __getattr__(self, name: str) -> LocalHandle:
         return LocalHandle(self._target, name, self._stream)
 
-    def remote(self, *args: Any) -> Any:
-        called = getattr(self._target, self._method)(*args)
+    def remote(self, *args: Any, **named: Any) -> Any:
+        called = getattr(self._target, self._method)(*args, **named)
         return _Stream(called) if self._stream else asyncio.ensure_future(called)
 
 
@@ -45,14 +45,38 @@ class _Stream:
         self._closing = asyncio.ensure_future(self._generator.aclose())
 
 
-class RunningFront:
-    """A front that listens until `close`. Its loop may be used, too: `call` runs a coroutine there."""
+class Replica(EngineDeployment):
+    """One that is ended by `end`, where Serve awaits its __del__."""
 
-    def __init__(self, engine: EngineDeployment, config: ServeConfig) -> None:
-        self.config = config.model_copy(update={"grpc_port": free_port(), "http_port": free_port()})
+    end = EngineDeployment.__del__
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+
+class Loop:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
+
+    def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class RunningFront:
+    """A front that listens until `close`, on the engine's loop."""
+
+    def __init__(self, loop: Loop, engine: EngineDeployment, config: ServeConfig) -> None:
+        self.config = config.model_copy(update={"grpc_port": free_port(), "http_port": free_port()})
+        self.call = loop.call
         self.call(self._start(engine))
 
     @property
@@ -63,19 +87,13 @@ class RunningFront:
     def http(self) -> str:
         return f"http{'s' if self.config.tls_key else ''}://127.0.0.1:{self.config.http_port}"
 
-    def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
-
     def close(self) -> None:
-        self.call(self._listener.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self.call(self.listener.stop())
 
     async def _start(self, engine: EngineDeployment) -> None:
         ingress = Ingress(LocalHandle(engine), self.config)  # type: ignore[arg-type]
-        self._listener = Listener(ingress, ingress._gate)
-        await self._listener.start()
+        self.gate, self.listener = ingress._gate, Listener(ingress, ingress._gate)
+        await self.listener.start()
 
 
 def free_port() -> int:
