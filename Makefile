@@ -1,5 +1,5 @@
 # One word per developer act; CI uses the same words.
-.PHONY: setup redis demo test test-fast test-gpu check format protos lock figures up down clean cluster-check cluster-up cluster-down
+.PHONY: setup redis demo test test-fast test-gpu check format protos lock figures up down clean cluster-check cluster-up cluster-down cluster-up-test
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -100,6 +100,10 @@ cluster-up:
 
 cluster-down:
 	$(COMPOSE) down
+
+# The same at work: an engine is killed while it answers, and the head too.
+cluster-up-test: setup cluster-up
+	CLUSTER_UP=1 $(BIN)/pytest tests/cluster/test_compose_up.py; status=$$?; $(COMPOSE) down; exit $$status
 
 clean:
 	rm -rf .venv build dist *.egg-info

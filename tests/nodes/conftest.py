@@ -22,7 +22,7 @@ class Nodes:
 
     def __init__(self) -> None:
         # Ray would take 13 seconds to notice that a node is gone.
-        quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 4}
+        quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 8}
         self._cluster = Cluster()
         self._add(num_cpus=1, resources={"front": 1}, include_dashboard=False, _system_config=quick)
         self.address: str = self._cluster.address
@@ -60,6 +60,7 @@ def service(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         grpc_port=0,
         http_port=0,
         past_directory=tmp_path_factory.mktemp("past-kv"),
+        sessions=str(tmp_path_factory.mktemp("sessions") / "sessions.sqlite"),
         slots=4,
         max_sessions=32,
     )

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import pytest
 from ray import serve
 
-from segcore.errors import NotFound, SegcoreError, Unavailable
+from segcore.errors import SegcoreError, Unavailable
 from segcore.sampling import SamplingParams
 from services.serving.app import APPLICATION
 from services.serving.client import Client
 from services.serving.config import AutoscalingSettings
 from services.serving.local import local_service
+
+T = TypeVar("T")
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -50,38 +54,38 @@ def answer(client: Client, session_id: str, params: SamplingParams, begun: threa
     return text
 
 
-def eventually(client: Client, seconds: float = 60) -> str:
-    """A new session, once there is an engine for it again."""
+def patiently(call: Callable[[], T], seconds: float = 60) -> T:
+    """What a call returns once its engine can be reached again."""
     until = time.monotonic() + seconds
     while True:
         try:
-            made = client.create_session().session_id
-            client.upload(made, DOCUMENT)
-            return made
+            return call()
         except Unavailable:
             assert time.monotonic() < until
             time.sleep(0.2)
 
 
-def test_a_node_that_dies_takes_its_own_sessions_and_no_others(nodes, service):
+def test_a_node_that_dies_takes_no_session_with_it(nodes, service):
     with local_service(service) as address, Client(address) as client:
         sessions = sessions_on_both_nodes(client)
         begun = [threading.Event() for _ in sessions]
         with ThreadPoolExecutor(len(sessions)) as threads:
             asked = [threads.submit(answer, client, s, LONG, b) for s, b in zip(sessions, begun, strict=True)]
             assert all(event.wait(60) for event in begun)
+            there = sessions_on_the_replica_of(sessions[0])
             nodes.replace(0)
-            answers = [future.result(60) for future in asked]
-        lost = {s for s, told in zip(sessions, answers, strict=True) if isinstance(told, SegcoreError)}
-        assert 0 < len(lost) < len(sessions)
+            answers = [future.result(90) for future in asked]
+        whole = [told for told in answers if isinstance(told, str)]
         assert all(isinstance(told, str | Unavailable) for told in answers)
-        assert len({told for told in answers if isinstance(told, str)}) == 1  # to the last token
-        news = [eventually(client) for _ in range(4)]
-        assert len({answer(client, session, SHORT, begun[0]) for session in news}) == 1
+        assert min(there, len(sessions) - there) <= len(whole)  # those of the other node at least
+        assert len(set(whole)) == 1  # to the last token
         for session in sessions:
-            if session in lost:
-                with pytest.raises(NotFound):
-                    client.get_session(session)
+            assert patiently(lambda session=session: client.get_session(session)).documents[0].finished
+            assert isinstance(patiently(lambda session=session: asked_again(client, session)), str)
+
+
+def asked_again(client: Client, session_id: str) -> str:
+    return "".join(part.text for part in client.generate(session_id, QUESTION, SHORT))
 
 
 def running_engines() -> int:
@@ -108,8 +112,7 @@ def test_engines_come_with_load_and_go_without(nodes, service):
 
         def ask(session: str) -> None:
             while not stop.is_set():
-                if isinstance(answer(client, session, LONG, threading.Event()), SegcoreError):
-                    return  # another engine has come, where it isn't known
+                answer(client, session, LONG, threading.Event())
 
         with ThreadPoolExecutor(len(made)) as threads:
             for session in made:
@@ -117,3 +120,4 @@ def test_engines_come_with_load_and_go_without(nodes, service):
             wait_for(2)
             stop.set()
         wait_for(1)
+        assert all(isinstance(patiently(lambda s=s: asked_again(client, s)), str) for s in made)  # there and back again
