@@ -63,12 +63,21 @@ class SessionStats:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """Memory of the engine apart from past KV, and past KV by tier, in bytes; what went wrong in tiers, by kind."""
+    """Memory of the engine apart from past KV, and past KV by tier, in bytes; what went wrong in tiers, by kind.
+
+    slots: states on the device. queued_sessions: have work and no slot. queued_tokens: wait to be run. counts: of what
+    was done since the start: "tokens.prefill", "tokens.decode", "segments.run", "segments.adopted", "restored.found",
+    "restored.lost" (segments of streams that were taken up again), "recoveries".
+    """
 
     sessions: int
     engine_bytes: int
     past_bytes: dict[str, int]
     faults: dict[str, int]
+    slots: int
+    queued_sessions: int
+    queued_tokens: int
+    counts: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +245,8 @@ class Engine:
             except SegcoreError:
                 past.truncate(0)
                 raise
+            self._steps.counts["restored.found"] += past.segments
+            self._steps.counts["restored.lost"] += len(keys) - past.segments
             self._place(session, state)
             self._add(session)
 
@@ -293,12 +304,17 @@ class Engine:
 
     def stats(self) -> EngineStats:
         with self._changed:
-            past = self._past.used_bytes
+            past, slots = self._past.used_bytes, self._scheduler.slots
+            busy = [s for s in self._sessions.values() if s.next_step(self.config) is not Step.IDLE]
             return EngineStats(
                 sessions=len(self._sessions),
                 engine_bytes=engine_bytes(self.spec.device, past),
                 past_bytes=past,
                 faults=dict(self._past.faults),
+                slots=len(slots),
+                queued_sessions=sum(session.id not in slots for session in busy),
+                queued_tokens=sum(len(session.pending) for session in self._sessions.values()),
+                counts=dict(self._steps.counts),
             )
 
     def load(self) -> EngineLoad:

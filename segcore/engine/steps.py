@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
@@ -38,6 +39,7 @@ class Steps:
 
     def __init__(self, runner: Runner, config: EngineConfig, max_tokens: int, changed: threading.Condition) -> None:
         self._runner, self._config, self._max_tokens, self._changed = runner, config, max_tokens, changed
+        self.counts: Counter[str] = Counter()  # what was done, by kind; written by the engine's thread alone
 
     def run(self, step: Step, sessions: list[Session]) -> None:
         """One turn. What goes wrong in one session ends that session alone, if anything."""
@@ -183,6 +185,8 @@ class Steps:
 
     def _arrive(self, session: Session, count: int, logits_V: Tensor) -> None:
         session.logits_V = logits_V
+        self.counts["tokens.prefill" if count > 1 else "tokens.decode"] += count
+        self.counts["segments.run"] += session.state.filled == 0
         self._guarded(session, partial(self._runner.arrive, session.state, session.past, count, logits_V))
         if session.replayed_event is None:
             session.recoveries = 0
@@ -209,6 +213,7 @@ class Steps:
     def _recover(self, session: Session, error: PastKVError) -> None:
         """Past KV was lost: go back to the last boundary that stands, and replay the journal from there."""
         session.recoveries += 1
+        self.counts["recoveries"] += 1
         if session.recoveries > MAX_RECOVERIES:
             self._end(session, error)
             return
@@ -245,6 +250,7 @@ class Steps:
             if not past.available(key):
                 break
             boundary = past.adopt(key)
+            self.counts["segments.adopted"] += 1
             past.journal.extend(tokens, ends)
             with self._changed:
                 if session.failure is None:  # else nothing is pending any more

@@ -39,6 +39,10 @@ def build(
     engine, ingress, quick: others than a service's own are for measurements.
     """
     config.engine_config()  # a configuration that can't work fails here, not in a replica
+    environment = quick | {"SEGCORE_LOG": "json"}
+    if config.tracing is not None:
+        environment["RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"] = config.tracing
+        environment["RAY_SERVE_TRACING_SAMPLING_RATIO"] = str(config.tracing_ratio)
     engines = serve.deployment(
         name="engine",
         **_replicas(config),
@@ -47,7 +51,7 @@ def build(
             "num_cpus": 1,
             "num_gpus": config.gpus_per_replica,
             "resources": config.engine_resources,
-            "runtime_env": {"env_vars": quick},
+            "runtime_env": {"env_vars": environment},
         },
         request_router_config=RequestRouterConfig(
             request_router_class=_ROUTER, request_router_kwargs={"num_fallback_replicas": 0}
@@ -60,7 +64,7 @@ def build(
         ray_actor_options={
             "num_cpus": 0.1,
             "resources": config.front_resources,
-            "runtime_env": {"env_vars": quick},
+            "runtime_env": {"env_vars": environment},
         },
     )(ingress)
     return fronts.bind(engines.bind(config), config)

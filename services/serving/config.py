@@ -48,6 +48,8 @@ class ServeConfig(BaseModel):
     host, grpc_port, http_port: where each front listens, over TLS if there is a certificate (PEM files); with
     tls_client_ca clients need a certificate that it signed. serve_grpc_port: Serve's own proxy beside it, without TLS.
     fronts: how many there are; one a node.
+    tracing: what makes span processors, such as "services.serving.tracing:otlp"; tracing_ratio: of the calls that
+    aren't part of a trace already.
     tenants: a file of who may call (see tenants.py); None: everybody, as one tenant.
     sessions: the directory of sessions, a SQLite file or the address of a Redis server; session_ttl_s: how long one is
     kept after its last call, None: for ever. lease_s: how long others wait for a replica that is gone. slice_s: the
@@ -83,6 +85,8 @@ class ServeConfig(BaseModel):
     tls_client_ca: Path | None = None
     grpc_reflection: bool = False
     tenants: Path | None = None
+    tracing: str | None = None
+    tracing_ratio: float = Field(default=0.01, ge=0, le=1)
     past_directory: Path = Field(default_factory=lambda: cache_directory() / "past-kv")
     past_host_bytes: int = Field(default=8 * GIB, ge=0)
     past_disk_bytes: int | None = Field(default=None, ge=0)

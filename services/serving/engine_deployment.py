@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -11,6 +12,7 @@ import segcore
 from segcore.errors import Unavailable
 from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
+from services.serving.logs import log_as_told
 from services.serving.messages import (
     AnswerPart,
     DocumentInfo,
@@ -21,6 +23,8 @@ from services.serving.messages import (
     SessionPage,
     UploadAck,
 )
+from services.serving.metrics import METER
+from services.serving.tracing import stream_span
 
 
 class EngineDeployment:
@@ -36,6 +40,7 @@ class EngineDeployment:
         from services.serving.completion import Completions
         from services.serving.session import Sessions
 
+        log_as_told()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self._config = config = config.with_password()
@@ -45,6 +50,8 @@ class EngineDeployment:
         self._completions = Completions(self._model, self._engine, self._sessions.room)
 
     def check_health(self) -> None:
+        """Serve's question, every few seconds; metrics of the engine's state are brought up to date with it."""
+        self.measure()
         if not self._engine.alive:
             raise Unavailable("the engine's thread has ended")
 
@@ -112,7 +119,11 @@ class EngineDeployment:
     async def finish(
         self, tenant: str, session_id: str, document_id: str, total_bytes: int, sha256: bytes, **options: Any
     ) -> UploadAck:
-        return await self._sessions.finish(tenant, session_id, document_id, total_bytes, sha256, **options)
+        began = time.monotonic()
+        ack = await self._sessions.finish(tenant, session_id, document_id, total_bytes, sha256, **options)
+        if ack.finished:
+            METER.observe("segcore_last_byte_seconds", time.monotonic() - began)
+        return ack
 
     async def get_document(self, tenant: str, session_id: str, document_id: str) -> DocumentInfo:
         return await self._sessions.get_document(tenant, session_id, document_id)
@@ -126,7 +137,8 @@ class EngineDeployment:
     async def generate(
         self, tenant: str, session_id: str, question: str, params: SamplingParams, **options: Any
     ) -> AsyncIterator[AnswerPart]:
-        async with aclosing(self._sessions.generate(tenant, session_id, question, params, **options)) as parts:
+        answer = self._sessions.generate(tenant, session_id, question, params, **options)
+        async with aclosing(_timed(answer)) as parts:
             async for part in parts:
                 yield part
 
@@ -139,6 +151,48 @@ class EngineDeployment:
     async def complete(
         self, tenant: str, prompt: Prompt, params: SamplingParams, after: int
     ) -> AsyncIterator[AnswerPart]:
-        async with aclosing(self._completions.complete(tenant, prompt, params, after)) as parts:
+        async with aclosing(_timed(self._completions.complete(tenant, prompt, params, after))) as parts:
             async for part in parts:
+                yield part
+
+    def measure(self) -> None:
+        """Bring the engine's metrics up to date."""
+        stats = self._engine.stats()
+        METER.gauge("segcore_sessions", stats.sessions)
+        METER.gauge("segcore_slots_used", stats.slots)
+        METER.gauge("segcore_queued_sessions", stats.queued_sessions)
+        METER.gauge("segcore_queued_tokens", stats.queued_tokens)
+        METER.gauge("segcore_engine_bytes", stats.engine_bytes)
+        for tier, size in stats.past_bytes.items():
+            METER.gauge("segcore_past_bytes", size, tier=tier)
+        METER.totals("segcore_tier_faults", stats.faults, "fault")
+        METER.totals("segcore_recoveries", {"": stats.counts.get("recoveries", 0)})
+        for group, name, tag in _COUNTED:
+            found = {key.removeprefix(group): value for key, value in stats.counts.items() if key.startswith(group)}
+            METER.totals(name, found, tag)
+
+
+_COUNTED = (
+    ("tokens.", "segcore_run_tokens", "kind"),
+    ("segments.", "segcore_segments", "outcome"),
+    ("restored.", "segcore_restored_segments", "outcome"),
+)
+
+
+async def _timed(parts: AsyncGenerator[AnswerPart]) -> AsyncGenerator[AnswerPart]:
+    """An answer's parts, measured."""
+    began, first, before = time.monotonic(), None, 0
+    with stream_span("engine answer") as made:
+        async with aclosing(parts):
+            async for part in parts:
+                now = time.monotonic()
+                if first is None and part.token_index:
+                    first, before = now, part.token_index
+                    METER.observe("segcore_first_token_seconds", now - began)
+                if part.finish_reason is not None:
+                    METER.count("segcore_answer_tokens", part.answer_tokens)
+                    if first is not None and part.token_index > before:
+                        METER.observe("segcore_token_seconds", (now - first) / (part.token_index - before))
+                    if made is not None:
+                        made.set_attributes({"prompt_tokens": part.prompt_tokens, "answer_tokens": part.answer_tokens})
                 yield part

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from services.serving.config import ServeConfig
 from services.serving.gate import Gate
 from services.serving.ingress import SERVICES, Ingress
+from services.serving.logs import log_as_told
 from services.serving.tls import Certificate
 from services.serving.web import web_app
 
@@ -41,6 +42,7 @@ class Front(Ingress):
     """The deployment: an ingress that listens while its replica lives."""
 
     async def __init__(self, engine: Any, config: ServeConfig) -> None:  # type: ignore[misc] # Serve awaits it
+        log_as_told()
         super().__init__(engine, config)
         self._listener = Listener(self, self._gate)
         await self._listener.start()

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
+from ray.serve import context as serve_context
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from segcore.errors import Busy, SegcoreError, Unavailable
+from segcore.errors import Busy, Cancelled, SegcoreError, Unavailable
 from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
+from services.serving.logs import log_fields
 from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck, check_name
-from services.serving.tenants import Quotas, Tenant, Tenants
+from services.serving.metrics import METER
+from services.serving.status import code_of
+from services.serving.tenants import OPEN, Quotas, Tenant, Tenants
+from services.serving.tracing import span
 
 log = logging.getLogger(__name__)
 
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0, 6.0)
+
+
+@dataclass
+class Call:
+    """One call. error: what ended it."""
+
+    tenant: Tenant = OPEN
+    request_id: str = ""
+    error: SegcoreError | None = None
 
 
 class Gate:
@@ -39,6 +57,39 @@ class Gate:
         self._quotas.take(tenant, "requests")
         return tenant
 
+    @contextmanager
+    def call(self, face: str, method: str, headers: Mapping[str, str], session_id: str = "") -> Iterator[Call]:
+        """Around one call: it is admitted, measured, traced and logged. Raises as `admit` does.
+
+        Whatever ends the call goes through; `Call.error` is what the client is told of it.
+        """
+        call, began = Call(), time.monotonic()
+        request_id = headers.get("x-request-id") or headers.get("request_id") or ""
+        call.request_id = request_id if _REQUEST_ID.fullmatch(request_id) else uuid.uuid4().hex
+        serve_context._set_request_context(request_id=call.request_id)  # replicas' logs have it, too
+        fields = {"request_id": call.request_id, "session_id": headers.get("session_id") or session_id}
+        with log_fields(**fields), span(f"{face} {method}", headers, **fields):
+            try:
+                call.tenant = self.admit(headers.get("authorization"))
+                yield call
+            except Exception as error:
+                call.error = known_error(error)
+                raise
+            except BaseException:
+                call.error = Cancelled("the caller left")
+                raise
+            finally:
+                self._ended(call, face, method, time.monotonic() - began)
+
+    def _ended(self, call: Call, face: str, method: str, seconds: float) -> None:
+        code = "OK" if call.error is None else code_of(call.error).name
+        METER.count("segcore_requests", face=face, method=method, code=code)
+        METER.observe("segcore_request_seconds", seconds, face=face, method=method)
+        if call.error is not None and "fields" in call.error.details:
+            METER.count("segcore_fingerprint_refusals")
+        told = {"face": face, "method": method, "code": code, "seconds": round(seconds, 4), "tenant": call.tenant.name}
+        log.info("call", extra={"fields": told})
+
     async def info(self) -> ServerInfo:
         info: ServerInfo = await self._engine.info.remote()
         return info
@@ -51,6 +102,7 @@ class Gate:
     async def append(self, tenant: Tenant, session_id: str, document_id: str, offset: int, data: bytes) -> UploadAck:
         """Bytes of a document, within the tenant's limit. Raises Busy, and what the engine's `append` raises."""
         self._quotas.take(tenant, "bytes", len(data))
+        METER.count("segcore_uploaded_bytes", len(data))
         ack: UploadAck = await self.engine(session_id).append.remote(tenant.name, session_id, document_id, offset, data)
         return ack
 
@@ -105,18 +157,17 @@ async def _parts(begin: Callable[[int], Any]) -> AsyncGenerator[AnswerPart]:
 
     begin: asks for what comes after so many tokens. Raises Unavailable when nothing has come for some attempts.
     """
-    after, waits = 0, iter(_RETRY_SECONDS)
-    while True:
+    after, waits, finished = 0, iter(_RETRY_SECONDS), False
+    while not finished:
         response = begin(after)
         try:
             async for part in response:
                 yield part
                 after, waits = part.token_index, iter(_RETRY_SECONDS)
-                if part.finish_reason is not None:
-                    return
+                finished = part.finish_reason is not None
         except Exception as error:
             wait = next(waits, None) if isinstance(known_error(error), Unavailable) else None
-            if wait is None:
+            if wait is None or finished:
                 raise
             await asyncio.sleep(wait)
         finally:

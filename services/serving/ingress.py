@@ -31,13 +31,13 @@ SERVICES: dict[str, Callable[[Any, Any], None]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call: its context, of Serve's proxy or of our own server, and who calls."""
+    """One call: its metadata, and who calls."""
 
-    context: Any
+    headers: dict[str, str]
     tenant: Tenant
 
     def metadata(self, name: str) -> str | None:
-        return _metadata(self.context, name)
+        return self.headers.get(name)
 
 
 def _unary(response: type[Any]) -> Callable[[Any], Any]:
@@ -46,8 +46,10 @@ def _unary(response: type[Any]) -> Callable[[Any], Any]:
     def wrap(handler: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(handler)
         async def run(self: Ingress, request: Any, grpc_context: RayServegRPCContext) -> Any:
+            headers = _headers(grpc_context)
             try:
-                return await handler(self, request, self._admitted(grpc_context))
+                with self._gate.call("grpc", handler.__name__, headers) as call:
+                    return await handler(self, request, Call(headers, call.tenant))
             except Exception as error:
                 _set_status(grpc_context, error)
                 return response()
@@ -63,10 +65,12 @@ def _streaming(response: type[Any]) -> Callable[[Any], Any]:
     def wrap(handler: Callable[..., AsyncGenerator[Any]]) -> Callable[..., AsyncIterator[Any]]:
         @functools.wraps(handler)
         async def run(self: Ingress, requests: Any, grpc_context: RayServegRPCContext) -> AsyncIterator[Any]:
+            headers = _headers(grpc_context)
             try:
-                async with aclosing(handler(self, requests, self._admitted(grpc_context))) as responses:
-                    async for item in responses:
-                        yield item
+                with self._gate.call("grpc", handler.__name__, headers) as call:
+                    async with aclosing(handler(self, requests, Call(headers, call.tenant))) as responses:
+                        async for item in responses:
+                            yield item
             except Exception as error:
                 _set_status(grpc_context, error)
                 yield response()
@@ -83,8 +87,8 @@ def _set_status(context: RayServegRPCContext, error: Exception) -> None:
     context.set_trailing_metadata(trailers_of(known))
 
 
-def _metadata(context: Any, name: str) -> str | None:
-    return next((value for key, value in context.invocation_metadata() or () if key == name), None)
+def _headers(context: Any) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 class Ingress:
@@ -92,9 +96,6 @@ class Ingress:
 
     def __init__(self, engine: DeploymentHandle, config: ServeConfig) -> None:
         self._gate = Gate(engine, config)
-
-    def _admitted(self, context: Any) -> Call:
-        return Call(context, self._gate.admit(_metadata(context, "authorization")))
 
     @_unary(pb.GetServerInfoResponse)
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.GetServerInfoResponse:

@@ -134,8 +134,10 @@ def _admitted(endpoint: Endpoint, gate: Gate) -> Callable[[Request], Awaitable[R
     """An endpoint that knows who calls, and whose errors have their status and the API's format."""
 
     async def run(request: Request) -> Response:
+        session_id = request.path_params.get("session_id", "")
         try:
-            return await endpoint(request, gate, gate.admit(request.headers.get("authorization")))
+            with gate.call("http", endpoint.__name__, request.headers, session_id) as call:
+                return await endpoint(request, gate, call.tenant)
         except ClientDisconnect:
             return Response(status_code=400)  # which nobody reads
         except Exception as error:
