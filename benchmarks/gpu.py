@@ -3,38 +3,44 @@
 python -m benchmarks.gpu                     # all shapes; writes results/gpu.json, and raw/gpu.json beside it
 python -m benchmarks.gpu --shapes smollm2 --tokens 8192 131072 --dry
 
-Settings: S 4096, M 512, R 512, 4 sinks, two selector cells, retrieval and offload to host memory on; readers are the
-paper's 64 cells for Llama-2-7B and the middle third of the layers for the others. Peers: transformers' own forward pass
-over the whole prompt at once, SDPA's flash kernels, last logits only; and the same in chunks of S over a growing cache.
-Times are medians, peaks what torch allocated. A model's dense work is two operations for each weight of its layers and
-each token.
+Settings: S 4096, M 512, R 512, 4 sinks, two selector cells, retrieval and offload to host memory on, a boundary every
+four segments; readers are the paper's 64 cells for Llama-2-7B and the middle third of the layers for the others. Peers:
+transformers' own forward pass over the whole prompt at once, SDPA's flash kernels, last logits only; and the same in
+chunks of S over a growing cache. Times are medians. Peaks are what torch allocated, and on our side also what CUDA
+graphs reserve for themselves. A model's dense work is two operations for each weight of its layers and each token.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.record import RESULTS, Figure, records, write
-from segcore.config import CacheConfig, Cell, SegmentedConfig
+from segcore.config import CacheConfig, Cell, EngineConfig, SegmentedConfig
+from segcore.engine.engine import Engine
+from segcore.engine.request import Generation
 from segcore.engine.runner import Runner
 from segcore.engine.snapshot import pack, unpack
 from segcore.model import CausalLM
 from segcore.pastkv.manager import PastKVManager
 from segcore.pastkv.session import SessionPast
 from segcore.presets import LONG_HEADS, LONG_LAYERS
+from segcore.sampling import SamplingParams
 from segcore.state import State
 
+T = TypeVar("T")
 COMMAND = "-m benchmarks.gpu"
 S, GIB = 4096, 2**30
 PEER_TOKENS = 131072
@@ -53,6 +59,10 @@ class Shape:
     config: dict[str, Any]
     readers: tuple[Cell, ...] | None = None
     lengths: tuple[int, ...] = (8192, 65536, 131072, 1048576)
+
+    @property
+    def cache(self) -> CacheConfig:
+        return CacheConfig(host_bytes=HOST_BYTES, reuse=False, boundary_segments=4)
 
     def build(self) -> Any:
         torch.manual_seed(0)
@@ -87,7 +97,6 @@ SHAPES = [
         "llama2_7b",
         WIDE | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000},
         tuple(Cell(layer, head) for layer in LONG_LAYERS for head in LONG_HEADS),
-        lengths=(8192, 65536, 131072),  # host memory doesn't hold a million
     ),
     Shape("llama31_8b", WIDE | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}),
     Shape(
@@ -103,7 +112,7 @@ SHAPES = [
         },
     ),
 ]
-# The shape that many sessions are decoded with, and how many.
+# The shape that sessions are restored of, and many are decoded with; how many.
 BATCHED, SESSIONS = "llama31_8b", (1, 8, 32, 64)
 # Per shape: the least speed-up of a prefill of 128K tokens.
 SPEEDUPS = {"llama2_7b": ">= 3.5", "llama31_8b": ">= 3.5", "smollm2": ">= 4"}
@@ -125,7 +134,14 @@ def peak_gib(act: Callable[[], Any]) -> float:
     torch.cuda.reset_peak_memory_stats()
     act()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / GIB
+    return peak_bytes() / GIB
+
+
+def peak_bytes() -> int:
+    """The most that tensors took, and what graphs keep for themselves, which torch doesn't count among them."""
+    graphs = (segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0))
+    kept = sum(segment["total_size"] - segment["allocated_size"] for segment in graphs)
+    return torch.cuda.max_memory_allocated() + int(kept)
 
 
 def ceilings() -> dict[str, float]:
@@ -144,13 +160,13 @@ class Stream:
     """A stream on our side: F over whole segments, past KV written through to host memory."""
 
     def __init__(self, shape: Shape) -> None:
-        self.lm = CausalLM(shape.build())
+        self.shape, self.lm = shape, CausalLM(shape.build())
         self.lm.compile()
         self.runner = Runner(self.lm, shape.segment())
         self.begin()
 
     def begin(self) -> None:
-        self.manager = PastKVManager(CacheConfig(host_bytes=HOST_BYTES, reuse=False), device=self.lm.spec.device)
+        self.manager = PastKVManager(self.shape.cache, device=self.lm.spec.device)
         self.past, self.state = self.manager.open_stream(self.runner.policy.layout), self.runner.begin()
 
     def end(self) -> None:
@@ -181,7 +197,7 @@ class Stream:
 
 def measure_ours(shape: Shape, lengths: tuple[int, ...]) -> dict[str, Any]:
     stream = Stream(shape)
-    tokens = torch.randint(0, 32000, (max(lengths),), generator=torch.Generator().manual_seed(1))
+    tokens = random_tokens(max(lengths))
     stream.run(tokens[: 3 * S])  # compiles, and fills the buffers
     stream.decode(5)
     stream.end()
@@ -193,8 +209,8 @@ def measure_ours(shape: Shape, lengths: tuple[int, ...]) -> dict[str, Any]:
             stream.begin()
             torch.cuda.reset_peak_memory_stats()
             prefills.append(seconds(lambda n=length: stream.run(tokens[:n])))
-            runs["peak_gib"][length] = torch.cuda.max_memory_allocated() / GIB
             runs["decode_s"][length] = stream.decode(20)
+            runs["peak_gib"][length] = peak_bytes() / GIB
             runs["decode_bytes"][length] = stream.decode_bytes()
             stream.end()
         runs["prefill_s"][length] = statistics.median(prefills)
@@ -202,11 +218,63 @@ def measure_ours(shape: Shape, lengths: tuple[int, ...]) -> dict[str, Any]:
     return runs
 
 
+def measure_restore(shape: Shape) -> dict[str, float]:
+    """Seconds until the first token of a stream of PEER_TOKENS: run anew, and restored by where its past KV is."""
+    lm, taken = CausalLM(shape.build()), {}
+    lm.compile()
+    with tempfile.TemporaryDirectory() as shared:
+        cache = dataclasses.replace(shape.cache, shared=shared)
+        config = EngineConfig(segment=shape.segment(), cache=cache, chunk_tokens=S, slots=1)
+        engine, streams = Engine(lm, config), [random_tokens(PEER_TOKENS, seed).tolist() for seed in range(3)]
+        for name, tokens in (("warm", streams[0][: 3 * S]), ("again", streams[0][: 4 * S])):
+            begin(engine, name, tokens)
+            first_token(engine, name)
+        times = []
+        for i, tokens in enumerate(streams):
+            times.append(
+                seconds(lambda i=i, tokens=tokens: (begin(engine, f"{i}", tokens), first_token(engine, f"{i}")))
+            )
+        taken["recompute"] = statistics.median(times)
+        data = [engine.snapshot(f"{i}") for i in range(len(streams))]
+        for tier in ("host", "disk"):
+            times = []
+            for i, snapshot in enumerate(data):
+                name = f"{tier} {i}"
+                times.append(
+                    seconds(lambda: (engine.restore(name, snapshot), first_token(engine, name)))  # noqa: B023
+                )
+            taken[tier] = statistics.median(times)
+            if tier == "host":
+                engine.check_integrity(600)  # all is written
+                engine.shutdown()
+                engine = Engine(lm, config)
+                begin(engine, "warm", streams[0][: 3 * S])
+                first_token(engine, "warm")
+        engine.shutdown()
+    print(shape.name, "first token, seconds:", taken, flush=True)
+    return taken
+
+
+def begin(engine: Engine, name: str, tokens: list[int]) -> None:
+    engine.open(name)
+    engine.append(name, tokens)
+
+
+def first_token(engine: Engine, name: str) -> None:
+    generation = Generation(SamplingParams(max_tokens=1), lambda token: False)
+    engine.generate(name, generation)
+    generation.done.result()
+
+
+def random_tokens(count: int, seed: int = 1) -> Tensor:
+    return torch.randint(0, 32000, (count,), generator=torch.Generator().manual_seed(seed))
+
+
 @torch.inference_mode()
 def measure_batch(shape: Shape) -> dict[int, float]:
     """Tokens a second of many sessions of PEER_TOKENS each, by their number; their pasts are forks of one."""
     stream = Stream(shape)
-    stream.run(torch.randint(0, 32000, (PEER_TOKENS,), generator=torch.Generator().manual_seed(1)))
+    stream.run(random_tokens(PEER_TOKENS))
     packed, rates = pack(stream.state), {}
     states: list[State] = []
     pasts: list[SessionPast] = []
@@ -324,6 +392,12 @@ def batch_figures(shape: str, ours: dict[int, float], peer: dict[int, float]) ->
     yield f"batch_decode_speedup_128k_{shape}", speedup, "engine / peer, best of each", ">= 10", PEER
 
 
+def restore_figures(shape: str, taken: dict[str, float]) -> Iterator[Figure]:
+    for tier in ("host", "disk"):
+        share = taken[tier] / taken["recompute"]
+        yield f"restore_{tier}_over_recompute", share, f"restored / run again, {shape}, 128k", "<= 0.1", None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=[shape.name for shape in SHAPES])
@@ -332,28 +406,28 @@ def main() -> None:
     options = parser.parse_args()
     top, raw, found = ceilings(), {}, []
     print(top, flush=True)
+    packages = [name for name in ("flash-attn-4", "flash-attn") if installed(name)]
     for shape in (shape for shape in SHAPES if shape.name in options.shapes):
-        ours = measure_ours(shape, tuple(options.tokens or shape.lengths))
-        gc.collect()
-        torch.cuda.empty_cache()
-        peer = measure_peer(shape)
-        gc.collect()
-        torch.cuda.empty_cache()
+        ours = alone(measure_ours, shape, tuple(options.tokens or shape.lengths))
+        peer = alone(measure_peer, shape)
         raw[shape.name] = {"ours": ours, "peer": peer}
         found += list(figures(shape.name, ours, peer, top))
         if shape.name == BATCHED:
-            batches = []
-            for measure in (measure_batch, measure_peer_batch):
-                batches.append(measure(shape))
-                gc.collect()
-                torch.cuda.empty_cache()
-            found += list(batch_figures(shape.name, *batches))
+            found += list(batch_figures(shape.name, alone(measure_batch, shape), alone(measure_peer_batch, shape)))
+            found += list(restore_figures(shape.name, alone(measure_restore, shape)))
+        if not options.dry:  # what was measured stays, whatever comes
+            write("gpu", records(COMMAND, found, packages))
+            (RESULTS / "raw" / "gpu.json").write_text(json.dumps({"ceilings": top} | raw, indent=1) + "\n")
     for figure in found:
         print(*figure)
-    if not options.dry:
-        packages = [name for name in ("flash-attn-4", "flash-attn") if installed(name)]
-        write("gpu", records(COMMAND, found, packages))
-        (RESULTS / "raw" / "gpu.json").write_text(json.dumps({"ceilings": top} | raw, indent=1) + "\n")
+
+
+def alone(measure: Callable[..., T], *args: Any) -> T:
+    """Measure, and let go of what it took on the GPU."""
+    found = measure(*args)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
 
 
 def installed(package: str) -> bool:

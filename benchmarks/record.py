@@ -43,6 +43,15 @@ def records(command: str, figures: Iterable[Figure], packages: Sequence[str] = (
     return [dict(zip(names, figure, strict=True)) | common for figure in figures]
 
 
+def add(topic: str, records: Sequence[dict[str, Any]], folder: Path = RESULTS) -> None:
+    """Put records into a topic's file, in place of those of the same names; the others stay."""
+    path = folder / f"{topic}.json"
+    known = {record["name"]: record for record in json.loads(path.read_text())} if path.exists() else {}
+    known |= {record["name"]: record for record in records}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([*known.values()], indent=1) + "\n")
+
+
 def write(topic: str, records: Sequence[dict[str, Any]]) -> None:
     """Write a topic's file anew."""
     (RESULTS / f"{topic}.json").write_text(json.dumps(records, indent=1) + "\n")

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _versions = itertools.count()
+# Rows that a window has first that had no room for the segment.
+_LEAST_ROOM = 64
 
 
 @dataclass
@@ -19,7 +22,8 @@ class Window:
     """Keys and values that the queries of some KV heads of one layer see.
 
     Rows [start, base) are the prefix, in stream order, right-aligned; rows [base, base + filled) are the open segment,
-    whose first token takes RoPE position `position`. Rows outside are never attended to.
+    whose first token takes RoPE position `position`. Rows outside are never attended to. The segment may have less room
+    than it needs (`reserve`).
 
     heads: the KV heads, ascending. k_HND: keys before rotation. rotated_HND: the same keys, rotated.
     """
@@ -50,11 +54,26 @@ class Window:
         for rows, values in zip(self.rows(row, k_HTD.shape[1]), (k_HTD, rotated_HTD, v_HTD), strict=True):
             rows.copy_(values)
 
+    def reserve(self, rows: int, segment: int) -> bool:
+        """Room for rows [0, rows); it doubles, up to a segment's. Whether the window moved."""
+        held = self.k_HND.shape[1]
+        if rows > held:
+            room = max(rows - self.base, 2 * (held - self.base), _LEAST_ROOM)
+            self._grow(self.base + min(room, max(segment, rows - self.base)), at_end=True)
+        return rows > held
+
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Views of keys, rotated keys and values at rows first, first + 1, ..."""
         assert 0 <= first <= first + count <= self.k_HND.shape[1]
         rows = slice(first, first + count)
         return self.k_HND[:, rows], self.rotated_HND[:, rows], self.v_HND[:, rows]
+
+    def offsets(self, anchor: Tensor) -> Tensor:
+        """Where row 0 of its heads' keys, rotated keys and values lies: [H, 3], in numbers from `anchor`."""
+        tensors, size = (self.k_HND, self.rotated_HND, self.v_HND), anchor.element_size()
+        assert all(x[0].is_contiguous() for x in tensors)
+        first = torch.tensor([(x.data_ptr() - anchor.data_ptr()) // size for x in tensors])
+        return first + torch.arange(len(self.heads))[:, None] * torch.tensor([x.stride(0) for x in tensors])
 
     def between(self, *rows: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Copies of the keys, unrotated, and values of some ranges of rows, one behind the other, [H, n, D] each."""
@@ -104,7 +123,8 @@ class State:
     queries: unrotated queries of the query window by watched cell, [G, <=L_q, D] each, oldest first.
     retrieved_CR: stream positions of the retrieved prefix, ascending; one row per choice: one for all readers, or one
     for each. length: tokens of the stream so far. filled: tokens of the open segment. events: passes and marks so far
-    (`pastkv.journal`). version: another number whenever windows have moved or their prefix has changed.
+    (`pastkv.journal`). left: what a pass over the whole segment has done of its close already.
+    version: another number whenever windows have moved or their prefix has changed.
     """
 
     layers: list[list[Window]]
@@ -113,7 +133,14 @@ class State:
     length: int = 0
     filled: int = 0
     events: int = 0
+    left: Any = field(default=None, compare=False)
     version: int = field(default_factory=_versions.__next__, compare=False)
+
+    def reserve(self, tokens: int, segment: int) -> None:
+        """Room for so many tokens more of the open segment in every window."""
+        moved = [w.reserve(w.base + self.filled + tokens, segment) for windows in self.layers for w in windows]
+        if any(moved):
+            self.moved()
 
     def moved(self) -> None:
         """Windows have moved, or their prefix has changed."""

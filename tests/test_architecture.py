@@ -105,6 +105,10 @@ def test_a_client_needs_no_torch():
     run_without({"torch", "transformers", "ray"}, "import services.serving.client, services.cli, services.ask")
 
 
+def test_who_submits_a_training_run_needs_no_torch():
+    run_without({"torch", "transformers"}, "import services.training.commands, services.training.train")
+
+
 def test_the_engines_public_names_are_there():
     import segcore
 

@@ -1,15 +1,12 @@
-"""Passes as CUDA graphs: hundreds of launches become one. Of one token for decode; of whole segments for prefill.
+"""Passes of one token as CUDA graphs: hundreds of launches become one.
 
-Shapes: L layers, B streams, H KV heads, G query heads per KV head, D head dimension, V vocabulary, T tokens, C cells,
-R retrieved tokens.
+Shapes: L layers, B streams, H KV heads, G query heads per KV head, D head dimension, V vocabulary, C watched cells.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,26 +15,17 @@ from torch import Tensor
 from segcore.attention.decode import Places, can_decode, decode_attention
 from segcore.config import Cell
 from segcore.model import AttendTogether, CausalLM
-from segcore.pastkv.session import SessionPast
 from segcore.policies.base import Policy
-from segcore.policies.retrieving import Ends, Left, RetrievingPolicy
-from segcore.state import State, Window
+from segcore.state import State
 
 log = logging.getLogger(__name__)
 
-# What ends a segment: `Policy.close`, of a state and its past.
-Close = Callable[[State, SessionPast], None]
-# Where the tensors of every window of a state lie, and its rows in them.
-Standing = tuple[tuple[int, ...], ...]
-# Captured segments that are kept, one for each set of windows: slots come back to theirs.
-_KEPT = 8
-
 
 class DecodeGraphs:
-    """A graph for each width that is asked for."""
+    """A graph for each width that is asked for. pool: memory that graphs share."""
 
-    def __init__(self, model: CausalLM, policy: Policy[Any]) -> None:
-        self._model, self._policy = model, policy
+    def __init__(self, model: CausalLM, policy: Policy[Any], pool: Any) -> None:
+        self._model, self._policy, self._pool = model, policy, pool
         self._graphs: dict[int, _Graph] = {}
         # The rotation is of whole heads, by halves.
         whole = model.rope.halves and model.rope.rotary_dim == model.spec.head_dim
@@ -49,9 +37,11 @@ class DecodeGraphs:
 
     def run(self, tokens_B1: Tensor, states: Sequence[State], width: int) -> Tensor:
         """Logits of the token of each stream, [B, 1, V]; as `Runner.forward`, whose other duties aren't done here."""
+        for state in states:
+            state.reserve(1, self._policy.config.segment_tokens)
         graph = self._graphs.get(width)
         if graph is None:
-            graph = self._graphs[width] = _Graph(self._model, self._policy, width)
+            graph = self._graphs[width] = _Graph(self._model, self._policy, width, self._pool)
         return graph.run(tokens_B1, states)
 
 
@@ -94,7 +84,7 @@ class _Together(AttendTogether):
         for layer, windows in enumerate(state.layers):
             for window in windows:
                 at = list(window.heads)
-                offset[layer, at] = self._offsets(window)
+                offset[layer, at] = window.offsets(self.anchor)
                 values = torch.tensor([window.start, window.base, window.position], dtype=rows.dtype)
                 rows[:, layer, at] = values[:, None]
         self.offset_LBH3[:, stream] = offset.to(self.offset_LBH3.device)
@@ -105,19 +95,11 @@ class _Together(AttendTogether):
         self.offset_LBH3[:, stream] = 0
         self.rows_3LBH[:, :, stream] = 0
 
-    def _offsets(self, window: Window) -> Tensor:
-        """Of the window's heads and tensors, [H, 3], in numbers from the anchor."""
-        tensors = (window.k_HND, window.rotated_HND, window.v_HND)
-        assert all(x[0].is_contiguous() for x in tensors)
-        size = self.anchor.element_size()
-        first = torch.tensor([(x.data_ptr() - self.anchor.data_ptr()) // size for x in tensors])
-        return first + torch.arange(len(window.heads))[:, None] * torch.tensor([x.stride(0) for x in tensors])
-
 
 class _Graph:
     """One width's."""
 
-    def __init__(self, model: CausalLM, policy: Policy[Any], width: int) -> None:
+    def __init__(self, model: CausalLM, policy: Policy[Any], width: int, pool: Any) -> None:
         self._model, self._together, self._window = model, _Together(model, policy, width), policy.watched_tokens
         self._placed: list[int | None] = [None] * width
         self._tokens_B1 = torch.zeros((width, 1), dtype=torch.int64, device=model.spec.device)
@@ -131,7 +113,7 @@ class _Graph:
                 self._pass()
         torch.cuda.current_stream(model.spec.device).wait_stream(stream)
         # Other threads move blocks meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._logits_B1V = self._pass()
         log.info("decode of %d streams captured as a CUDA graph", width)
 
@@ -165,91 +147,3 @@ class _Graph:
     def _pass(self) -> Tensor:
         hidden_B1C = self._model.hidden(self._tokens_B1, self._together)
         return self._model.head(hidden_B1C, all_logits=True)
-
-
-class SegmentGraphs:
-    """Whole segments, with what their close does on the device, for windows that come again in the same place.
-
-    whole: the pass, of tokens_T and a state; logits of the last token.
-    """
-
-    def __init__(self, whole: Callable[[Tensor, State], Tensor], policy: Policy[Any]) -> None:
-        self._whole, self._policy = whole, policy
-        self._seen: OrderedDict[Standing, _Segment | None] = OrderedDict()
-
-    def fits(self, state: State, tokens: int) -> bool:
-        """Whether a pass of so many tokens is a whole segment, in windows that have stood like this before."""
-        policy = self._policy
-        if not isinstance(policy, RetrievingPolicy) or not policy.capturable or torch.is_grad_enabled():
-            return False
-        config = policy.config
-        whole = state.filled == 0 and tokens == config.segment_tokens >= policy.watched_tokens
-        if not whole or not policy.like.is_cuda or state.closed < config.prefix_tokens:
-            return False
-        key = _windows(state)
-        if key in self._seen:
-            self._seen.move_to_end(key)
-            return True
-        self._seen[key] = None
-        if len(self._seen) > _KEPT:
-            self._seen.popitem(last=False)
-        return False
-
-    def run(self, tokens_T: Tensor, state: State, past: SessionPast) -> tuple[Tensor, Close]:
-        """Logits of the last token, [1, V], and the rest of the close."""
-        assert isinstance(self._policy, RetrievingPolicy)
-        key = _windows(state)
-        segment = self._seen[key]
-        if segment is None:
-            segment = self._seen[key] = _Segment(self._whole, self._policy, state)
-        return segment.run(tokens_T, state, past)
-
-
-def _windows(state: State) -> Standing:
-    windows = (window for layer in state.layers for window in layer)
-    return tuple(
-        (w.k_HND.data_ptr(), w.rotated_HND.data_ptr(), w.v_HND.data_ptr(), w.start, w.base, w.position) for w in windows
-    )
-
-
-class _Segment:
-    """One set of windows'."""
-
-    def __init__(self, whole: Callable[[Tensor, State], Tensor], policy: RetrievingPolicy[Any], state: State) -> None:
-        self._policy, size = policy, policy.config.segment_tokens
-        self._tokens_T = torch.zeros(size, dtype=torch.int64, device=policy.like.device)
-        self._table = policy.rope.table  # the graph knows it by its address
-        self._pass, self._insert = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        self._kv_RC2D: Tensor | None = None
-        full = copy.copy(state)
-        full.layers, full.queries = list(state.layers), list(state.queries)
-        with torch.cuda.graph(self._pass, capture_error_mode="thread_local"):
-            self._logits_1V = whole(self._tokens_T, full)
-            full.length, full.filled = state.length + size, size
-            self._left = policy.leave(full, keeps=bool(policy.readers))
-        self._queries = full.queries
-        log.info("prefill of %d tokens captured as a CUDA graph", size)
-
-    def run(self, tokens_T: Tensor, state: State, past: SessionPast) -> tuple[Tensor, Close]:
-        self._tokens_T.copy_(tokens_T)
-        self._pass.replay()
-        state.queries = [q.clone() for q in self._queries]
-        return self._logits_1V.clone(), self._close
-
-    def _close(self, state: State, past: SessionPast) -> None:
-        left, kept = Left(self._left.ends), past.segments * self._policy.config.segment_tokens
-        if self._left.kv_SC2D is not None and kept < state.length:  # a segment that runs again is in past KV already
-            left = Left(self._left.ends, self._left.kv_SC2D.clone(), self._left.searched)
-        self._policy.settle(state, past, left, self._put)
-
-    def _put(self, state: State, kv_RC2D: Tensor, ends: Ends) -> None:
-        """`RetrievingPolicy.insert`, captured when it is first called."""
-        if self._kv_RC2D is None:
-            self._kv_RC2D = kv_RC2D.clone()
-            with torch.cuda.graph(self._insert, capture_error_mode="thread_local"):
-                self._policy.insert(state, self._kv_RC2D, ends)
-        if self._kv_RC2D.shape != kv_RC2D.shape:
-            self._policy.insert(state, kv_RC2D, ends)
-            return
-        self._kv_RC2D.copy_(kv_RC2D)
-        self._insert.replay()

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from segcore.attention.choice import make_attention
 from segcore.config import Cell, SegmentConfig
-from segcore.engine.graphs import Close, DecodeGraphs, SegmentGraphs
+from segcore.engine.graphs import DecodeGraphs
+from segcore.engine.whole import WholeSegments
 from segcore.model import CausalLM
 from segcore.pastkv.session import SessionPast
 from segcore.policies import make_policy
@@ -32,8 +33,9 @@ class Runner:
         self._attention = make_attention(attention, model.spec, config.segment_tokens, keys)
         self._watched = {cell: i for i, cell in enumerate(self.policy.watched)}
         self._rows: dict[tuple[int, ...], Tensor] = {}
-        self._graphs = DecodeGraphs(model, self.policy)
-        self._segments = SegmentGraphs(self._whole, self.policy)
+        pool = torch.cuda.graph_pool_handle() if model.spec.device.type == "cuda" else None
+        self._decode = DecodeGraphs(model, self.policy, pool)
+        self._wholes = WholeSegments(model, self.policy, self._attention, pool)
 
     def begin(self) -> State:
         """The state before a stream's first token."""
@@ -45,12 +47,8 @@ class Runner:
         The chunk lies inside one segment and crosses no refresh point (`segments.tokens_to_next_cut`). A segment that
         it fills is closed, and a refresh point that it reaches is taken, before this returns.
         """
-        if not all_logits and self._segments.fits(state, len(tokens_T)):
-            self._begin(tokens_T[None], [state], [past])
-            logits, close = self._segments.run(tokens_T, state, past)
-        else:
-            logits, close = self.forward(tokens_T[None], [state], [past], all_logits=all_logits)[0], self.policy.close
-        self.arrive(state, past, len(tokens_T), logits[-1], close)
+        logits = self.forward(tokens_T[None], [state], [past], all_logits=all_logits)[0]
+        self.arrive(state, past, len(tokens_T), logits[-1])
         return logits
 
     def forward(
@@ -67,9 +65,12 @@ class Runner:
         width: the batch is padded to this many sequences. With one width for all passes of a kind, a stream's values
         don't depend on its company, to the last bit: matrix products of one shape treat their rows alike.
         """
-        if tokens_BT.shape[1] == 1 and self._graphs.usable():
+        if tokens_BT.shape[1] == 1 and self._decode.usable():
             self._begin(tokens_BT, states, pasts)
-            return self._graphs.run(tokens_BT, states, width)
+            return self._decode.run(tokens_BT, states, width)
+        if len(states) == 1 and not all_logits and self._wholes.fits(states[0], tokens_BT.shape[1]):
+            self._begin(tokens_BT, states, pasts)
+            return self._wholes.run(tokens_BT[0], states[0], pasts[0])[None]
         return self.model.head(self.hidden(tokens_BT, states, pasts, width=width), all_logits=all_logits)[: len(states)]
 
     def hidden(
@@ -77,6 +78,8 @@ class Runner:
     ) -> Tensor:
         """What `forward` makes logits of, [width or B, T, C]."""
         self._begin(tokens_BT, states, pasts)
+        for state in states:
+            state.reserve(tokens_BT.shape[1], self.config.segment_tokens)
         padded = torch.nn.functional.pad(tokens_BT, (0, 0, 0, max(width - len(states), 0)))
         attends = [_Pass(self, state) for state in states]
         hidden_BTC = self.model.hidden(padded.to(self.model.spec.device), attends)
@@ -84,10 +87,8 @@ class Runner:
             attend.end()
         return hidden_BTC
 
-    def arrive(
-        self, state: State, past: SessionPast, tokens: int, logits_V: Tensor | None, close: Close | None = None
-    ) -> None:
-        """A pass over `tokens` is done: take the close or the refresh point that it reached. close: the policy's.
+    def arrive(self, state: State, past: SessionPast, tokens: int, logits_V: Tensor | None) -> None:
+        """A pass over `tokens` is done: take the close or the refresh point that it reached.
 
         logits_V: of its last token; without them a closed segment's block isn't completed: no other stream uses it.
         Raises PastKVError; then the state is of no use, and the journal says how to make it again.
@@ -95,10 +96,10 @@ class Runner:
         state.length += tokens
         state.filled += tokens
         if state.filled == self.config.segment_tokens:
-            (close or self.policy.close)(state, past)
+            self.policy.close(state, past)
             state.moved()
             if self.policy.layout is not None and logits_V is not None:
-                past.complete(self.policy.boundary(state) | {"logits": logits_V})
+                past.complete(self.policy.boundary(state) | {"logits": logits_V} if past.keeps_boundary else {})
         elif is_refresh_point(state.filled, self.config):
             self.policy.refresh(state, past)
             state.moved()
@@ -122,13 +123,6 @@ class Runner:
         if heads not in self._rows:
             self._rows[heads] = torch.tensor(heads, device=self.model.spec.device)
         return self._rows[heads]
-
-    def _whole(self, tokens_T: Tensor, state: State) -> Tensor:
-        """A pass without what comes before and after it; logits of the last token, [1, V]."""
-        attend = _Pass(self, state)
-        hidden_1TC = self.model.hidden(tokens_T[None], [attend])
-        attend.end()
-        return self.model.head(hidden_1TC, all_logits=False)[0]
 
     def _begin(self, tokens_BT: Tensor, states: Sequence[State], pasts: Sequence[SessionPast]) -> None:
         """Write a pass down before it runs."""

@@ -32,7 +32,7 @@ def pack(state: State) -> dict[str, Tensor]:
     host = torch.device("cpu")
     tensors = {
         "counts": torch.tensor([state.length, state.filled, state.events]),
-        "retrieved": state.retrieved_CR.clone(),
+        "retrieved": _copy(state.retrieved_CR, host),
     }
     tensors |= {f"queries.{i}": _copy(q, host) for i, q in enumerate(state.queries)}
     for layer, windows in enumerate(state.layers):

@@ -234,7 +234,10 @@ class Steps:
         past.truncate(min(past.intact(), at_most))
         while past.segments:
             try:
-                return self._runner.resume(past.boundary(), past)
+                boundary = past.boundary()
+                if boundary:
+                    return self._runner.resume(boundary, past)
+                past.truncate(past.segments - 1)
             except PastKVError as error:
                 log.warning("session %s: %s", session.id, error.message)
                 past.truncate(min(past.segments - 1, int(error.details.get("segment", past.segments))))
@@ -245,19 +248,24 @@ class Steps:
         if self._runner.policy.layout is None:
             return False
         past, boundary = session.past, None
+        before = resumable = past.segments
         while (following := self._following(session)) is not None:
             key, tokens, ends = following
             if not past.available(key):
                 break
-            boundary = past.adopt(key)
-            self.counts["segments.adopted"] += 1
+            adopted = past.adopt(key)
+            if adopted:
+                boundary, resumable = adopted, past.segments
             past.journal.extend(tokens, ends)
             with self._changed:
                 if session.failure is None:  # else nothing is pending any more
                     for _ in tokens:
                         session.pending.popleft()
+        # What lies behind the last boundary is in the journal now, and is run again.
+        past.truncate(resumable)
         if boundary is None:
             return False
+        self.counts["segments.adopted"] += resumable - before
         session.state, session.logits_V = self._runner.resume(boundary, past)
         return True
 

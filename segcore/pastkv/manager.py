@@ -14,7 +14,7 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,12 +37,14 @@ from segcore.pastkv.memory import MemoryTier, RowCache, Rows
 from segcore.pastkv.redis import RedisTier
 from segcore.pastkv.session import SessionPast
 from segcore.pastkv.transfer import Transfer
+from segcore.pinned import within_reach
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # The share of host memory that rows of blocks in slower tiers may take.
 ROWS_SHARE = 8
+_BULK = "kv_SC2D"
 # Blocks that are prefetched at once.
 READERS = 4
 
@@ -93,6 +95,11 @@ class PastKVManager:
     def open_stream(self, layout: PastLayout | None, tenant: str = "") -> SessionPast:
         """An empty past for a new stream. Streams of different tenants share nothing."""
         return SessionPast(self, layout, root_key(self._fingerprint.digest, tenant))
+
+    @property
+    def boundary_segments(self) -> int:
+        """Every so many blocks hold a boundary."""
+        return self._config.boundary_segments
 
     @property
     def host_bytes(self) -> int:
@@ -147,7 +154,7 @@ class PastKVManager:
         with self._room(block.nbytes), self._lock:
             self._host.put(block)
             self._add_stream(block.key, kept)
-        self._transfer.start(partial(self._host.find, block.key), self._arrived)
+        self._transfer.start({_BULK: block.kv_SC2D} | block.index, partial(self._bulk_arrived, block.key))
         if self._device is not None and block.kv_SC2D.nbytes <= self._device.budget_bytes:
             bulk = Block(block.key, block.kv_SC2D, {}, {})
             self._guard.attempt_or(None, self._device, lambda tier: tier.put(bulk, tier.keys))
@@ -158,19 +165,42 @@ class PastKVManager:
         if block is None or block.boundary:
             return  # another stream, or engine, completed it
         with self._room(nbytes(boundary)), self._lock:
-            block = replace(block, boundary=boundary)
-            self._host.put(block)
-        self._transfer.start(partial(self._host.find, key), self._arrived)
-
-    def _arrived(self, block: Block) -> None:
-        """A block is in host memory, on any thread: it takes its original's place, and if it is whole, is written."""
-        with self._lock:
-            held = self._host.find(block.key)
-            if held is None:
+            block = self._host.find(key)
+            if block is None:
                 return
-            # It may have been completed meanwhile.
-            self._host.put(replace(block, boundary=block.boundary or held.boundary))
-            if block.boundary:
+            self._host.put(replace(block, boundary=boundary))
+        self._transfer.start(boundary, partial(self._boundary_arrived, key))
+
+    def await_transfer(self) -> None:
+        """Wait until what closed before is in host memory: the device needn't hold two blocks."""
+        self._transfer.settle()
+
+    def within_reach(self, keys: Sequence[str]) -> list[Tensor] | None:
+        """The bulk of blocks where a GPU reads it by itself; None if it doesn't reach all of them.
+
+        It stays there as long as the answer is held.
+        """
+        with self._lock:
+            blocks = [self._host.find(key) for key in keys]
+        found = [block.kv_SC2D for block in blocks if block is not None]
+        return found if len(found) == len(keys) and all(within_reach(bulk) for bulk in found) else None
+
+    def _bulk_arrived(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """A block's bulk and index are in host memory, on any thread: they take their originals' place."""
+        index = dict(tensors)
+        kv_SC2D = index.pop(_BULK)
+        with self._lock:
+            block = self._host.find(key)
+            if block is not None:
+                self._host.put(replace(block, kv_SC2D=kv_SC2D, index=index))
+
+    def _boundary_arrived(self, key: str, boundary: dict[str, Tensor]) -> None:
+        """The rest of a block came after its bulk: it is written."""
+        with self._lock:
+            block = self._host.find(key)
+            if block is not None:
+                block = replace(block, boundary=boundary)
+                self._host.put(block)
                 self._write(block)
                 self._write_again(1)
 

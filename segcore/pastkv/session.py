@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from segcore.errors import PastKVError
-from segcore.pastkv.base import Block, PastLayout
+from segcore.pastkv.base import Block, BlockHead, PastLayout
 from segcore.pastkv.journal import Journal
 
 if TYPE_CHECKING:
     from segcore.pastkv.manager import PastKVManager
+
+
+# Stands in for the boundary of a block that is whole without one.
+_NO_BOUNDARY = "none"
 
 
 class SessionPast:
@@ -42,7 +46,7 @@ class SessionPast:
     def append(self, kv_SC2D: Tensor, index: dict[str, Tensor]) -> None:
         """Take the segment that just closed; readable at once, durable after `complete`.
 
-        The caller gives `kv_SC2D` up: it isn't copied, and a block never changes. Raises StorageFull; then nothing is
+        The caller gives all of it up: it isn't copied, and a block never changes. Raises StorageFull; then nothing is
         kept.
         """
         assert self._layout is not None
@@ -50,12 +54,22 @@ class SessionPast:
         expected = (layout.segment_tokens, layout.cells, 2, layout.head_dim)
         assert kv_SC2D.shape == expected, (kv_SC2D.shape, expected)
         key = self.journal.key(self.last_key, first, first + layout.segment_tokens)
-        own = _own(index)
+        # On a GPU it comes to host memory with the block; what is read piece by piece, at once.
+        own = _own(index) if self.search is None or not kv_SC2D.is_cuda else index
         self._manager.prepare(Block(key, kv_SC2D.detach().contiguous(), own, {}), self._kept(own))
         self._take(key, own if self.search is None else index)
 
+    @property
+    def keeps_boundary(self) -> bool:
+        """Whether the last block is one of those that hold a boundary."""
+        return self.segments % self._manager.boundary_segments == 0
+
     def complete(self, boundary: dict[str, Tensor]) -> None:
-        """The last segment is closed: its block is whole, and goes to the lower tiers."""
+        """The last segment is closed: its block is whole, and goes to the lower tiers. It is copied.
+
+        boundary: empty for a block that holds none.
+        """
+        boundary = boundary or {_NO_BOUNDARY: torch.zeros(1, dtype=torch.int8)}
         self._manager.complete(self.last_key, {name: tensor.detach().clone() for name, tensor in boundary.items()})
 
     @property
@@ -97,6 +111,17 @@ class SessionPast:
         rows_CR = torch.searchsorted(wanted, positions_CR.contiguous()).to(device)
         return kv_nC2D[rows_CR.T, torch.arange(layout.cells, device=device)]
 
+    def await_transfer(self) -> None:
+        """Wait until what closed before is in host memory: the device needn't hold two blocks."""
+        self._manager.await_transfer()
+
+    def within_reach(self) -> list[Tensor] | None:
+        """Every block's bulk, [S, C, 2, D] each, where a GPU reads it by itself; None if it doesn't reach all of them.
+
+        They stay there as long as the answer is held, and for what the device was given to do meanwhile.
+        """
+        return self._manager.within_reach(self._keys)
+
     def fork(self) -> SessionPast:
         """An independent past that shares this one's blocks."""
         fork = SessionPast(self._manager, self._layout, self.root)
@@ -110,22 +135,22 @@ class SessionPast:
         return fork
 
     def adopt(self, key: str) -> dict[str, Tensor]:
-        """Continue with a block that another stream made of the same tokens; returns its boundary.
+        """Continue with a block that another stream made of the same tokens; returns its boundary, or nothing.
 
         Raises PastKVError; then nothing changes.
         """
         head = self._manager.head(key)
         shared = self._manager.share(key, self._kept(head.index))
         self._take(key, head.index if self.search is not None else shared)
-        return head.boundary
+        return _boundary(head)
 
     def available(self, key: str) -> bool:
         """Whether a block can be had, as far as can be told without reading it."""
         return self._manager.holds(key)
 
     def boundary(self) -> dict[str, Tensor]:
-        """The last block's boundary. Raises PastKVError."""
-        return self._manager.head(self.last_key).boundary
+        """The last block's boundary, empty if it has none. Raises PastKVError."""
+        return _boundary(self._manager.head(self.last_key))
 
     def intact(self) -> int:
         """How many blocks, from the first on, are complete somewhere, as far as can be told without reading them."""
@@ -174,6 +199,10 @@ class SessionPast:
         except PastKVError as error:
             error.details["segment"] = str(segment)
             raise
+
+
+def _boundary(head: BlockHead) -> dict[str, Tensor]:
+    return {} if _NO_BOUNDARY in head.boundary else head.boundary
 
 
 def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

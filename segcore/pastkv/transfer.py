@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-from collections import deque
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from segcore.pastkv.base import Block
+from segcore.pinned import pinned_memory
 
-# Blocks on their way at once; each is in the device's memory until it has arrived.
-IN_FLIGHT = 2
+log = logging.getLogger(__name__)
+Tensors = dict[str, Tensor]
 
 
 class Transfer:
-    """Moves blocks to host memory on a stream and a thread of its own. On a CPU there is nothing to move.
-
-    They go through one pinned buffer: pinning memory anew for each would hold up the device's own work, seven of ten
-    milliseconds of a large model's prefill (docs/lab-log.md).
-    """
+    """Moves tensors to pinned host memory on a stream and a thread of its own. On a CPU there is nothing to move."""
 
     def __init__(self, device: torch.device) -> None:
-        self._pinned = torch.empty(0, dtype=torch.uint8)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._mover = ThreadPoolExecutor(1, thread_name_prefix="segcore-mover")
-        self._moving: deque[Future[None]] = deque()
+        self._moving: list[Future[None]] = []
 
-    def start(self, find: Callable[[], Block | None], arrived: Callable[[Block], None]) -> None:
-        """Copy a block; `arrived` gets the copy, on another thread. Waits while IN_FLIGHT are on their way.
+    def start(self, tensors: Tensors, arrived: Callable[[Tensors], None]) -> None:
+        """Copy tensors; `arrived` gets the copies, on another thread, in the order of the calls.
 
-        find: the block as it is when its turn comes; None: it isn't wanted any more.
+        The caller gives them up: they stay on the device, as they are, until they have arrived.
         """
         if self._stream is None:
-            self._move(find, arrived)
+            arrived(tensors)
             return
-        while len(self._moving) >= IN_FLIGHT:
-            self._moving.popleft().result()
+        copies = {
+            name: pinned_memory().take(tuple(t.shape), t.dtype) if t.is_cuda else t for name, t in tensors.items()
+        }
         made = torch.cuda.Event()
-        made.record()
-        self._moving.append(self._mover.submit(self._copy, self._stream, made, find, arrived))
+        made.record()  # behind whatever used the copies' memory before
+        self._moving = [moving for moving in self._moving if not moving.done()]
+        self._moving.append(self._mover.submit(self._copy, self._stream, made, tensors, copies, arrived))
 
     def settle(self) -> None:
         """Wait for what is on its way."""
@@ -50,32 +46,26 @@ class Transfer:
     def close(self) -> None:
         self._mover.shutdown(wait=True)
 
+    @staticmethod
     def _copy(
-        self,
         stream: torch.cuda.Stream,
         made: torch.cuda.Event,
-        find: Callable[[], Block | None],
-        arrived: Callable[[Block], None],
+        tensors: Tensors,
+        copies: Tensors,
+        arrived: Callable[[Tensors], None],
     ) -> None:
-        with torch.cuda.stream(stream):
-            stream.wait_event(made)
-            self._move(find, arrived)
+        try:
+            # What an engine's thread makes may be written in its mode only.
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                stream.wait_event(made)
+                for name, copy in copies.items():
+                    if copy is not tensors[name]:
+                        copy.copy_(tensors[name], non_blocking=True)
+                stream.synchronize()
+            arrived(copies)
+        except Exception:
+            log.exception("a block stays on the device: its copy to host memory failed")
 
-    def _move(self, find: Callable[[], Block | None], arrived: Callable[[Block], None]) -> None:
-        block = find()
-        if block is None:
-            return
-        kv_SC2D = self._to_host(block.kv_SC2D)
-        boundary = {name: self._to_host(tensor) for name, tensor in block.boundary.items()}
-        arrived(replace(block, kv_SC2D=kv_SC2D, boundary=boundary))
 
-    def _to_host(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_cuda:
-            return tensor
-        assert self._stream is not None
-        if self._pinned.nbytes < tensor.nbytes:
-            self._pinned = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)
-        staged = self._pinned[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        staged.copy_(tensor, non_blocking=True)
-        self._stream.synchronize()
-        return staged.clone()
+def _room_for(tensor: Tensor) -> Tensor:
+    return pinned_memory().take(tuple(tensor.shape), tensor.dtype)

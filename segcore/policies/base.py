@@ -81,8 +81,11 @@ class Policy(ABC, Generic[C]):
         """The state after the last close of `past`, from its past KV and `boundary`."""
         raise NotImplementedError
 
-    def _window(self, heads: Iterable[int], *, prefix: int = 0, position: int = 0) -> Window:
-        segment = self.config.segment_tokens
+    def _window(
+        self, heads: Iterable[int], *, prefix: int = 0, position: int = 0, segment: int | None = None
+    ) -> Window:
+        """segment: rows of the open segment that there is room for at first; None: all."""
+        segment = self.config.segment_tokens if segment is None else segment
         return Window.allocate(
             tuple(heads), self.like, self.spec.head_dim, segment=segment, prefix=prefix, position=position
         )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, TypeVar
 
 import torch
@@ -24,27 +25,28 @@ from segcore.state import State, Window
 C = TypeVar("C", bound=RetrievalConfig)
 # Keys and values, [H, N, D] each, by layer and the window's number in it.
 Ends = dict[tuple[int, int], tuple[Tensor, Tensor]]
-# `RetrievingPolicy.insert`, of a state, retrieved keys and values and ends.
-Insert = Callable[[State, Tensor, Ends], None]
 
 
 @dataclass
 class Left:
-    """What a full segment leaves on the device: its ends, and what past KV is given, unless it has it already."""
+    """What a full segment leaves on the device: what past KV is given, and how the readers' prefixes are completed.
 
-    ends: Ends
-    kv_SC2D: Tensor | None = None
-    searched: dict[str, Tensor] = field(default_factory=dict)
+    insert: writes what `State.retrieved_CR` says, and what else is missing.
+    """
+
+    kv_SC2D: Tensor | None
+    searched: dict[str, Tensor]
+    insert: Callable[[State, SessionPast], None]
 
 
 class RetrievingPolicy(Policy[C]):
     """Reader cells see [sinks, retrieved, tail]; a subclass chooses, and says what other cells see.
 
     readers: the cells that read, ascending; their keys and values go to past KV.
-    capturable: `leave` and `insert` never wait for the device, so that a CUDA graph can hold them.
+    by_ends: what a close keeps in windows are sinks, tail and what was retrieved, of every cell at the same places.
     """
 
-    capturable: ClassVar[bool] = False
+    by_ends: ClassVar[bool] = False
 
     def __init__(self, config: C, spec: ModelSpec, rope: Rope, readers: set[Cell]) -> None:
         super().__init__(config, spec, rope)
@@ -94,37 +96,40 @@ class RetrievingPolicy(Policy[C]):
         for head in others:
             groups.setdefault(self.seen_by_others(Cell(layer, head)), []).append(head)
         rows = self.config.prefix_tokens
-        return [self._window(heads, prefix=rows, position=rows) for heads in (reading, *groups.values()) if heads]
+        # On a GPU a segment that is passed whole never stands in its window.
+        room = 0 if self.like.is_cuda else self.config.segment_tokens
+        return [
+            self._window(heads, prefix=rows, position=rows, segment=room)
+            for heads in (reading, *groups.values())
+            if heads
+        ]
 
     def close(self, state: State, past: SessionPast) -> None:
         # A segment that runs again is in past KV already.
         keeps = bool(self.readers) and past.segments * self.config.segment_tokens < state.length
-        self.settle(state, past, self.leave(state, keeps))
-
-    def leave(self, state: State, keeps: bool) -> Left:
-        """A close's work on the device alone: other cells' prefixes are written, and what `settle` needs is taken.
-
-        keeps: the segment goes to past KV.
-        """
-        ends = {(layer, i): segment_ends(w, state, *self._sees(layer, w)) for layer, i, w in _numbered(state)}
-        others = [(w, *ends[layer, i]) for layer, i, w in _numbered(state) if not self._reads(layer, w)]
-        write_prefixes(others, self.rope)
-        return Left(ends, self._kv(state), self.searched(state)) if keeps else Left(ends)
-
-    def settle(self, state: State, past: SessionPast, left: Left, insert: Insert | None = None) -> None:
-        """The rest of a close: hand past KV what was taken, and choose. insert: does what `insert` does."""
-        if left.kv_SC2D is not None:
+        if keeps:
+            past.await_transfer()
+        left, state.left = state.left or self._leave(state, keeps), None
+        if left.kv_SC2D is not None and keeps:
             past.append(left.kv_SC2D, left.searched)
         state.filled = 0
         if self.readers:
-            self._choose_anew(state, past, left.ends, insert or self.insert)
+            self._choose_anew(state, past, left.insert)
+
+    def _leave(self, state: State, keeps: bool) -> Left:
+        """Write other cells' prefixes, and take what the rest of a close needs before windows are written."""
+        ends = {(layer, i): segment_ends(w, state, *self._sees(layer, w)) for layer, i, w in _numbered(state)}
+        others = [(w, *ends[layer, i]) for layer, i, w in _numbered(state) if not self._reads(layer, w)]
+        write_prefixes(others, self.rope)
+        kv_SC2D, searched = (self._kv(state), self.searched(state)) if keeps else (None, {})
+        return Left(kv_SC2D, searched, partial(self._insert_between, ends))
 
     def refresh(self, state: State, past: SessionPast) -> None:
         if self.readers and state.closed:
             sinks, tail = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
             reading = ((layer, i, w) for layer, i, w in _numbered(state) if self._reads(layer, w))
             ends = {(layer, i): prefix_ends(w, sinks, tail) for layer, i, w in reading}
-            self._choose_anew(state, past, ends, self.insert)
+            self._choose_anew(state, past, partial(self._insert_between, ends))
 
     def prefetch(self, state: State, past: SessionPast) -> None:
         """Guess by the queries so far; worth a search only if some of the past isn't in memory."""
@@ -155,12 +160,30 @@ class RetrievingPolicy(Policy[C]):
                 others.append((window, *boundary[f"prefix.{layer}.{i}"].to(device)))
         write_prefixes(others, self.rope)
         if self.readers:
-            self.insert(state, past.gather(state.retrieved_CR), ends)
+            self._insert_between(ends, state, past)
         return state
 
-    def _choose_anew(self, state: State, past: SessionPast, ends: Ends, insert: Insert) -> None:
+    def prefix_of(self, layer: int, window: Window) -> tuple[int, int, int]:
+        """Sinks, retrieved tokens and tail of a prefix that has them all."""
+        sinks, tail = self._sees(layer, window)
+        return sinks, self.config.retrieved_tokens if self._reads(layer, window) else 0, tail
+
+    def column(self, cell: Cell) -> int:
+        """A cell's number among past KV's; -1 if it doesn't read."""
+        return self._column.get(cell, -1)
+
+    def insert(self, state: State, past: SessionPast) -> None:
+        """Write the retrieved tokens into readers' prefixes that have them all; the ends are there already."""
+        kv_RC2D = past.gather(state.retrieved_CR)
+        for layer, _, window in _numbered(state):
+            if self._reads(layer, window):
+                row = window.start + self.prefix_of(layer, window)[0]
+                k, v = self._of_heads(kv_RC2D, layer, window)
+                window.write(row, k, self.rope.keys(k, window.position - window.base + row), v)
+
+    def _choose_anew(self, state: State, past: SessionPast, insert: Callable[[State, SessionPast], None]) -> None:
         state.retrieved_CR = past.decide(lambda: self._choice(state, past))
-        insert(state, past.gather(state.retrieved_CR), ends)
+        insert(state, past)
 
     def _choice(self, state: State, past: SessionPast) -> Tensor:
         """What the queries so far choose."""
@@ -191,8 +214,9 @@ class RetrievingPolicy(Policy[C]):
                 kv_SC2D[:, columns, 1] = window.v_HND[:, rows].transpose(0, 1)
         return kv_SC2D
 
-    def insert(self, state: State, kv_RC2D: Tensor, ends: Ends) -> None:
+    def _insert_between(self, ends: Ends, state: State, past: SessionPast) -> None:
         """Write the prefix of every reader: its ends, sinks and tail, with the retrieved tokens in between."""
+        kv_RC2D = past.gather(state.retrieved_CR)
         sinks, _ = sinks_and_tail(state.closed, self.config.sink_tokens, self.config.reader_tail_tokens)
         prefixes = []
         for layer, i, window in _numbered(state):

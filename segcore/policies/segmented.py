@@ -25,7 +25,7 @@ from segcore.state import State
 
 
 class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
-    capturable = True
+    by_ends = True
 
     def __init__(self, config: SegmentedConfig, spec: ModelSpec, rope: Rope) -> None:
         if config.retrieved_tokens and config.selection == "global" and not config.selectors:

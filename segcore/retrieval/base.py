@@ -55,17 +55,16 @@ class KeyIndex(ABC):
         self.length += self._segment
 
     def search(self, queries_CGWD: Sequence[Tensor], *, first: int, stop: int, tokens: int, block: int) -> Tensor:
-        """positions_R: the positions in [first, stop) of the retrieved prefix, ascending, int64 in host memory.
+        """positions_R: the positions in [first, stop) of the retrieved prefix, ascending, int64 on the device.
 
-        queries_CGWD: one window per selector. The contract is that of `choose_blocks` over the scores of the past:
-        at most `tokens` positions, in whole blocks but at the candidates' ends.
+        queries_CGWD: one window per selector. The contract is that of `choose_blocks` over the scores of the past.
         """
         assert block == self._spec.block, (block, self._spec.block)
         assert stop <= self.length, (stop, self.length)
         if stop <= first or tokens == 0:
-            return torch.empty(0, dtype=torch.long)
+            return torch.empty(0, dtype=torch.long, device=self._spec.device)
         queries = [q.detach().to(self._spec.device) for q in queries_CGWD]
-        return self._search(queries, first=first, stop=stop, tokens=tokens).cpu()
+        return self._search(queries, first=first, stop=stop, tokens=tokens)
 
     @abstractmethod
     def keys(self, numbers_per_key: int) -> Iterator[Tensor]:

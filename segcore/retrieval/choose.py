@@ -76,24 +76,30 @@ def top_blocks(best_B: Tensor, blocks: int) -> Tensor:
 
 
 def choose_positions(best_B: Tensor, *, first: int, stop: int, tokens: int, block: int) -> Tensor:
-    """The positions in [first, stop) of the chosen blocks, ascending; see `choose_blocks`."""
+    """The positions in [first, stop) of the chosen blocks, ascending; see `choose_blocks`.
+
+    How many they are follows from the arguments alone, so that a GPU needn't be waited for.
+    """
     lent_B = best_B.clone()
     lent_B[1:] = torch.maximum(lent_B[1:], best_B[:-1] - NEIGHBOUR_MARGIN)
     lent_B[:-1] = torch.maximum(lent_B[:-1], best_B[1:] - NEIGHBOUR_MARGIN)
     # A block without a candidate never wins, whoever its neighbours are.
-    lent_B[best_B == -torch.inf] = -torch.inf
-    order = top_blocks(lent_B, tokens // block)
-    chosen = order[lent_B[order] > -torch.inf].sort().values
-    positions = (chosen[:, None] * block + torch.arange(block, device=chosen.device)).flatten()
-    return positions[(positions >= first) & (positions < stop)]
+    lent_B.masked_fill_(best_B == -torch.inf, -torch.inf)
+    # Both ends may cut a block.
+    order = top_blocks(lent_B, -(-tokens // block) + 2)
+    positions = (order[:, None] * block + torch.arange(block, device=order.device)).flatten()
+    candidates = (positions >= first) & (positions < stop)
+    chosen = candidates & (candidates.cumsum(dim=0) <= tokens)
+    return torch.where(chosen, positions, stop).sort().values[: min(tokens, stop - first)]
 
 
 def choose_blocks(scores_N: Tensor, *, first: int, stop: int, tokens: int, block: int) -> Tensor:
-    """The positions in [first, stop) that form the retrieved prefix: at most `tokens`, ascending.
+    """The positions in [first, stop) that form the retrieved prefix: `tokens`, or all if they are fewer, ascending.
 
     The stream is cut into blocks of `block` tokens; a block scores its best candidate, and lends its two neighbours
-    that score less NEIGHBOUR_MARGIN; the best tokens/block blocks win, ties to the earlier one. Tokens outside
-    [first, stop) are no candidates.
+    that score less NEIGHBOUR_MARGIN; the best blocks win, ties to the earlier one, until there are `tokens`: where an
+    end of the candidates cuts a block, the next best one gives its first tokens in place of what is missing. Tokens
+    outside [first, stop) are no candidates.
     """
     if stop <= first or tokens == 0:
         return torch.empty(0, dtype=torch.long, device=scores_N.device)

@@ -32,7 +32,7 @@ class ExhaustiveIndex(KeyIndex):
 
     def best_of(self, queries_CGWD: Sequence[Tensor], blocks_B: Tensor, *, first: int, stop: int) -> Tensor:
         """best_B of some blocks only, each of which holds a token in [first, stop); see `best_of_blocks`."""
-        positions_Bb = blocks_B[:, None] * self._spec.block + torch.arange(self._spec.block)
+        positions_Bb = blocks_B[:, None] * self._spec.block + torch.arange(self._spec.block, device=blocks_B.device)
         # Tokens that are no candidates give way to one of the same block that is.
         keys_CnD = self._gather(positions_Bb.clamp(first, stop - 1).flatten())
         scores_n = score_tokens(queries_CGWD, [keys_CnD], self._spec.head_dim**-0.5)
@@ -67,6 +67,7 @@ class ExhaustiveIndex(KeyIndex):
 
     def _gather(self, positions_n: Tensor) -> Tensor:
         """Keys of ascending positions, [C, n, D], from an index that lives in host memory."""
+        positions_n = positions_n.cpu()
         selectors, head_dim, size = self._spec.selectors, self._spec.head_dim, self._segment
         row_n = positions_n // size
         pages, counts = torch.unique_consecutive(row_n // PAGE_ROWS, return_counts=True)

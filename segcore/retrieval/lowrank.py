@@ -12,6 +12,7 @@ N tokens of a segment, D head dimension, K rank, B blocks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,6 +22,7 @@ from segcore.retrieval.base import IndexSpec, KeyIndex
 from segcore.retrieval.choose import best_of_blocks, choose_positions, top_blocks
 from segcore.retrieval.exhaustive import ExhaustiveIndex
 from segcore.retrieval.pages import Pages
+from segcore.retrieval.reached import ReachedIndex, can_reach
 from segcore.retrieval.scan import can_scan, scan
 
 ITERATIONS = 8
@@ -37,7 +39,8 @@ class LowRankIndex(KeyIndex):
 
     def __init__(self, spec: IndexSpec, *, oversampling: int = 8) -> None:
         super().__init__(spec)
-        self._exact = ExhaustiveIndex(dataclasses.replace(spec, device_budget_bytes=0))
+        exact = ReachedIndex if can_reach(spec.device, spec.dtype) else ExhaustiveIndex
+        self._exact = exact(dataclasses.replace(spec, device_budget_bytes=0))
         self._oversampling = oversampling
         self._rank = max(1, 3 * spec.head_dim // 8)
         # Estimates need no more than the model's own precision, and no more than fp32.
@@ -71,19 +74,19 @@ class LowRankIndex(KeyIndex):
     def _append(self, keys_CND: Tensor) -> None:
         # On the device, wherever the keys come from: codes are the same when a stream is read back.
         codes_CKN, decoder_CDK = _compress(keys_CND.to(self._spec.device), self._rank)
-        self._exact.append(keys_CND.cpu())
+        self._exact.append(keys_CND)
         self._codes.append(codes_CKN)
         self._decoders.append(decoder_CDK)
 
     def _search(self, queries_CGWD: Sequence[Tensor], *, first: int, stop: int, tokens: int) -> Tensor:
         candidates = self._oversampling * (tokens // self._spec.block)
-        if -(-stop // self._spec.block) <= candidates:
+        blocks = -(-stop // self._spec.block) - first // self._spec.block
+        if blocks <= candidates:
             return self._exact.search(queries_CGWD, first=first, stop=stop, tokens=tokens, block=self._spec.block)
         best_B = best_of_blocks(self._estimates(queries_CGWD), first=first, stop=stop, block=self._spec.block)
         best_B = best_B * self._spec.head_dim**-0.5
-        top = top_blocks(best_B, candidates)
-        top = top[best_B[top] > -torch.inf].sort().values
-        exact = self._exact.best_of(queries_CGWD, top.cpu(), first=first, stop=stop)
+        top = top_blocks(best_B, candidates).sort().values
+        exact = self._exact.best_of(queries_CGWD, top, first=first, stop=stop)
         # Other blocks keep their estimates, which decide nothing unless the candidates were too few.
         best_B = best_B.to(exact.dtype).index_copy(0, top, exact)
         return choose_positions(best_B, first=first, stop=stop, tokens=tokens, block=self._spec.block)
@@ -138,13 +141,18 @@ def _principal(gram_CDD: Tensor, rank: int) -> Tensor:
     gram = gram + 1e-9 * gram.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None].clamp_min(1e-30) * torch.eye(
         gram.shape[-1], dtype=gram.dtype, device=gram.device
     )
-    start = torch.randn(gram.shape[-1], rank, dtype=gram.dtype, generator=torch.Generator().manual_seed(0))
-    basis = start.to(gram.device).expand(len(gram), -1, -1)
+    basis = _any_basis(gram.shape[-1], rank, gram.device).expand(len(gram), -1, -1)
     for _ in range(ITERATIONS):
         product = gram @ basis
         factor, _ = torch.linalg.cholesky_ex(product.mT @ product)
         basis = torch.linalg.solve_triangular(factor.mT, product, upper=True, left=False)
     return basis
+
+
+@functools.cache  # copying it to a GPU would wait for the GPU
+def _any_basis(dim: int, rank: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.randn(dim, rank, dtype=torch.double, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _window_max(similarity_xGWN: Tensor) -> Tensor:

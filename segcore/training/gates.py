@@ -53,9 +53,11 @@ class GateTrainer:
         shape = (model.spec.layers, model.spec.kv_heads)
         self.gates_LH = nn.Parameter(torch.ones(shape, dtype=wide, device=model.spec.device))
 
-    def loss_and_grad(self, stream: TrainingStream, streams: int = 1) -> GateLoss:
-        """Add the gradient of a stream's loss, divided by the number of streams of a step, to the gates'.
+    def loss_and_grad(self, stream: TrainingStream, valid_tokens: int) -> GateLoss:
+        """Add the gradient of a stream's loss, times its share of `valid_tokens`, to the gates'.
 
+        valid_tokens: targets of all streams of a step, on all workers: then the sum of all gradients is that of the
+        mean distance, and of one sum of the gates.
         Raises InvalidInput for a stream that full attention can't run, or of which nothing is predicted, and
         NonFiniteLoss.
         """
@@ -76,7 +78,7 @@ class GateTrainer:
             loss = distance + self._sparsity * self.gates_LH.abs().sum()
             if not math.isfinite(loss.item()):
                 raise NonFiniteLoss(f"stream {stream.name!r}: the gates' loss is {loss.item()}", stream=stream.name)
-            (loss / streams).backward()
+            (loss * stream.valid_tokens / valid_tokens).backward()
         return GateLoss(distance.item(), self.gates_LH.mean().item())
 
     @torch.no_grad()

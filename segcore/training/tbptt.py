@@ -90,7 +90,7 @@ class SegmentedTrainer:
     """Losses and gradients of streams, one at a time, under a policy.
 
     model: its parameters that ask for gradients are trained: all (`load_model(trainable=True)`), or those of an adapter
-    that was added to `model.model`. Dropout is off: what is trained is what is served.
+    that was added to `model.model`; to score, none need to. Dropout is off: what is trained is what is served.
     k: K above, or "all". chunk_tokens: longest pass; with the engine's, values are the engine's to the last bit.
     checkpoint_layers: keep a layer's input alone, and run it again once per backward pass (K + 1, or one).
     host_bytes: budget for a stream's past KV; more raises StorageFull.
@@ -99,8 +99,6 @@ class SegmentedTrainer:
 
     The model's query maps, if they ask for gradients, are taught what streams say that marks need; with
     `attention_teaches`, of streams that say nothing, what full attention pays to. selector_weight: of their loss.
-
-    Raises ConfigError if nothing can be trained.
     """
 
     def __init__(
@@ -126,12 +124,6 @@ class SegmentedTrainer:
         # Nobody may find these blocks: the next step changes the weights that they depend on.
         cache = CacheConfig(host_bytes=host_bytes, reuse=False)
         self._manager = PastKVManager(cache, device=model.spec.device)
-        if any(isinstance(module, PackedLinear) for module in model.model.modules()):
-            raise ConfigError("the model's weights are packed for inference: load_model(..., trainable=True)")
-        if not self.parameters:
-            raise ConfigError(
-                "no parameter asks for gradients: call model.model.requires_grad_(True), or add an adapter to it"
-            )
         model.model.eval()
 
     @property
@@ -156,9 +148,10 @@ class SegmentedTrainer:
 
         valid_tokens: targets of all streams of a step, on all workers: then the sum of all gradients is that of one.
         choices: the same for the selectors' loss, `lessons` of all streams; None: of this one.
-        Raises InvalidInput for a stream that can't be run, NonFiniteLoss, whose details name the stream, and
-        PastKVError. After an error the gradients are of no use.
+        Raises ConfigError if nothing can be trained, InvalidInput for a stream that can't be run, NonFiniteLoss, whose
+        details name the stream, and PastKVError. After an error the gradients are of no use.
         """
+        self._check_trainable()
         self._check(stream, valid_tokens)
         lessons, past = self.lessons(stream), RecordedPast(self._manager, self._runner.policy.layout)
         weight = self._selector_weight / max(1, len(lessons) if choices is None else choices)
@@ -184,6 +177,14 @@ class SegmentedTrainer:
             past.truncate(0)
         right = sum(bool(hits_T[answer.start : answer.stop].all()) for answer in stream.answers)
         return StreamScore(total, stream.valid_tokens, untaught.loss, len(stream.answers), right)
+
+    def _check_trainable(self) -> None:
+        if any(isinstance(module, PackedLinear) for module in self.model.model.modules()):
+            raise ConfigError("the model's weights are packed for inference: load_model(..., trainable=True)")
+        if not self.parameters:
+            raise ConfigError(
+                "no parameter asks for gradients: call model.model.requires_grad_(True), or add an adapter to it"
+            )
 
     def _check(self, stream: TrainingStream, valid_tokens: int) -> None:
         stream.check_vocabulary(self.model.spec.vocabulary)

@@ -1,6 +1,6 @@
 """Checkpoints: folders that transformers loads, with what training needs to go on beside the weights.
 
-    config.json, model.safetensors, tokenizer ...   the model; of an adapter, PEFT's files
+    config.json, model.safetensors, tokenizer ...   the model; of an adapter, PEFT's files; of gates, a heads file
     segcore.json                                    the policy to serve with
     training.safetensors, training.json             fp32 masters and the optimizer's state; `Progress`
 
@@ -11,74 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
-import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from segcore.adapter import SELECTORS_FILE
-from segcore.config import MIB, SegmentConfig
-from segcore.errors import ConfigError, StorageFull
+from segcore.config import SegmentConfig
 from segcore.presets import write_card
 from segcore.weights import LoadedModel
+from services.training.folders import STATE, TENSORS, Progress
 from services.training.parallel import Optimizer, like, whole
-
-STATE, TENSORS = "training.json", "training.safetensors"
-# Left on a disk for what others write there: logs, Ray's own list of checkpoints.
-HEADROOM = 64 * MIB
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a run stands, and what it may not differ in when it goes on.
-
-    step: steps taken. data: position in the data. data_digest: hash of the data set. digests: of the configuration,
-    part by part. metrics: of the last step and evaluation.
-    """
-
-    step: int
-    data: dict[str, Any]
-    data_digest: str
-    digests: dict[str, str]
-    metrics: dict[str, float]
-
-    @classmethod
-    def read(cls, folder: Path) -> Progress:
-        """Of a checkpoint. Raises ConfigError."""
-        try:
-            return cls(**json.loads((folder / STATE).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{folder} isn't a checkpoint of a training run: {error}") from error
-
-    def check(self, digests: Mapping[str, str], data_digest: str) -> None:
-        """Raise ConfigError if a run of another configuration or data set would go on from here."""
-        if changed := sorted(name for name, digest in digests.items() if self.digests.get(name) != digest):
-            raise ConfigError(
-                f"the run stands at step {self.step} with another {', '.join(changed)}; give the run another name, or"
-                " undo the change"
-            )
-        if self.data_digest != data_digest:
-            raise ConfigError(
-                f"the data set has changed since step {self.step} of this run (hash {self.data_digest} then,"
-                f" {data_digest} now); give the run another name, or restore the data"
-            )
-
-
-def checkpoint_name(step: int) -> str:
-    return f"checkpoint-{step:07d}"
-
-
-def latest(run: Path) -> Path | None:
-    """The newest checkpoint in a run's folder. It is whole: `publish` renames it when it is."""
-    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return max(found, default=None)
 
 
 def save_weights(folder: Path, model: LoadedModel, segment: SegmentConfig) -> None:
@@ -94,46 +39,6 @@ def save_training(folder: Path, tensors: dict[str, Tensor], progress: Progress) 
     """Write what training needs beside the weights. tensors: of `optimizer_tensors`."""
     save_file(tensors, folder / TENSORS)
     (folder / STATE).write_text(json.dumps(dataclasses.asdict(progress), indent=1) + "\n")
-
-
-def require_room(source: Path, target: Path) -> None:
-    """Raise StorageFull if a folder's files don't fit where they are to go."""
-    need, free = sum(file.stat().st_size for file in source.iterdir()), shutil.disk_usage(target).free
-    if need + HEADROOM > free:
-        raise StorageFull(f"the checkpoint takes {need} bytes, and {target} has {free} left")
-
-
-def publish(source: Path, target: Path) -> None:
-    """Copy a folder's files to `target`, which appears at once and whole. Raises OSError; then nothing appeared."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        shutil.copytree(source, partial)
-        for file in partial.iterdir():
-            _sync(file)
-        shutil.rmtree(target, ignore_errors=True)  # of before a worker was lost
-        os.rename(partial, target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def export(checkpoint: Path, target: Path) -> None:
-    """Copy what runs, without what only training needs. Raises OSError, ConfigError if `target` is there."""
-    if target.exists():
-        raise ConfigError(f"{target} is there already; name another folder, or delete it")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(checkpoint, partial, ignore=shutil.ignore_patterns(STATE, TENSORS))
-    os.rename(partial, target)
 
 
 def optimizer_tensors(named: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from segcore.errors import InvalidInput
-from services.training.checkpoint import Progress, export
 from services.training.config import TrainConfig
+from services.training.folders import Progress, export
 from services.training.jobs import Jobs, run_locally
 
 ARGUMENTS = {"resume": 1, "follow": 1, "stop": 1, "list": 0, "export": 2}

@@ -8,31 +8,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from segcore.config import GIB, SegmentConfig
+from segcore.config import GIB, DuoConfig, SegmentConfig
 from segcore.errors import ConfigError
 from segcore.presets import DEFAULT_MODEL, model_segment, read_card
 from services.config_file import read_config
-from services.training.data import DataConfig
+from services.training.data_config import DataConfig, Section, Where
 
 # What doesn't change the curve, and may differ when a run is resumed; the data have a hash of their own.
 FREE = ("name", "data", "workers", "checkpoints", "evaluation", "metrics", "storage", "device_bytes")
-
-
-def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
-    """Relative paths are relative to the file that names them."""
-    folder: Path = (info.context or {}).get("folder", Path.cwd())
-    return folder / path.expanduser()
-
-
-Where = Annotated[Path, AfterValidator(_beside_the_file)]
-
-
-class Section(BaseModel):
-    """A mapping of the file; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SegmentSection(Section):
@@ -43,7 +28,7 @@ class SegmentSection(Section):
     """
 
     preset: Literal["default", "paper"] = "default"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     file: Where | None = None
     heads: Where | None = None
 
@@ -97,6 +82,14 @@ class SelectorsSection(Section):
 
     weight: float = Field(default=0.1, gt=0)
     attention_teaches: bool = False
+
+
+class GatesSection(Section):
+    """Gates of KV heads learn, under policy `duo`, which cells must see everything; weights stay (DuoAttention).
+    share: of all cells, those with the largest gates, that will. sparsity: weight of the gates' sum."""
+
+    share: float = Field(default=0.5, gt=0, le=1)
+    sparsity: float = Field(default=0.05, ge=0)
 
 
 class WorkersSection(Section):
@@ -162,7 +155,7 @@ class TrainConfig(Section):
     name: its folder in `storage`, which every node must see. k: how many segments back gradients reach, or "all".
     chunk_tokens, checkpoint_layers: as `SegmentedTrainer` has them. past_bytes: budget of a stream's past KV.
     device_bytes: what a worker may take on its device; null: what is free there. lora: an adapter is trained;
-    null: all weights are, unless `freeze` leaves the selectors alone to learn.
+    null: all weights are, unless `freeze` leaves the selectors alone to learn. gates: are trained, and nothing else.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -180,6 +173,7 @@ class TrainConfig(Section):
     lora: LoraSection | None = None
     selectors: SelectorsSection | None = None
     freeze: bool = False
+    gates: GatesSection | None = None
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     workers: WorkersSection = WorkersSection()
@@ -204,12 +198,22 @@ class TrainConfig(Section):
     def _something_learns(self) -> TrainConfig:
         if self.freeze and self.lora is None and self.selectors is None:
             raise ValueError("freeze: nothing would be trained; add selectors, or lora")
+        if self.gates is not None:
+            self._check_gates()
         return self
+
+    def _check_gates(self) -> None:
+        if self.lora is not None or self.selectors is not None or self.freeze:
+            raise ValueError("gates are trained alone: without lora, selectors or freeze")
+        if not isinstance(self.segment_config(), DuoConfig):
+            raise ValueError("gates are of policy duo: set segment: {policy: duo}")
+        if self.evaluation is not None and self.evaluation.segment is not None:
+            raise ValueError("gates are evaluated as policy duo with the cells that they choose: no evaluation.segment")
 
     @property
     def whole(self) -> bool:
         """Whether the model's own weights are trained, rather than something beside them."""
-        return self.lora is None and not self.freeze
+        return self.lora is None and not self.freeze and self.gates is None
 
     @classmethod
     def read(cls, path: Path) -> TrainConfig:

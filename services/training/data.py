@@ -11,27 +11,12 @@ from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
-from pydantic import Field
-
 from segcore.errors import ConfigError
 from segcore.text import TextTokenizer
 from segcore.training.stream import TrainingStream
+from services.training.data_config import DataConfig
 from services.training.samples import StreamMaker
-from services.training.sources import Section, SourceConfig, SourceReport, open_source
-
-
-class DataConfig(Section):
-    """Sources, mixed.
-
-    streams_per_step: of all workers together. bucket_steps: so many steps' streams are sorted by length before they are
-    dealt out, so that those of a step are about as long; 1: no bucketing. shuffle: else, files in their order.
-    """
-
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    streams_per_step: int = Field(default=8, ge=1)
-    bucket_steps: int = Field(default=16, ge=1)
-    shuffle: bool = True
-    seed: int = 0
+from services.training.sources import SourceReport, open_source
 
 
 class Draw(NamedTuple):

@@ -6,6 +6,7 @@ b bytes of a number, w of a wide one: 4 at least. Streams' past KV lies in host 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,8 +27,6 @@ from services.training.config import TrainConfig
 def require_memory(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError, with each part of the sum, if a worker of this run can't hold it. Loads no weights."""
     shape = _shape(config.model)
-    if shape is None:
-        return
     parts = estimate(config, shape, choose_dtype(config.dtype, device), device)
     need, have = sum(parts.values()), config.device_bytes or _free(device)
     if need > have:
@@ -53,13 +52,13 @@ def estimate(config: TrainConfig, shape: Any, dtype: torch.dtype, device: torch.
         "masters": trained * w // shards if own_masters else 0,
         "optimizer": 2 * trained * w // shards,
         "state": _state_bytes(config, segment, shape, dtype, device),
-        "activations": _activation_bytes(config, segment, shape, b),
-        "logits": 3 * w * min(LOGITS, segment.segment_tokens * shape.vocab_size),
+        "activations": _activation_bytes(config, _graph_tokens(config, segment), shape, b),
+        "logits": 0 if config.gates else 3 * w * min(LOGITS, segment.segment_tokens * shape.vocab_size),
     }
 
 
 def _trained_parameters(config: TrainConfig, model: Any) -> int:
-    """All of the model, or the adapter's; selectors' maps are small."""
+    """All of the model, or the adapter's; selectors' maps and gates are small."""
     if config.whole:
         return int(model.num_parameters())
     if config.lora is None:
@@ -69,9 +68,17 @@ def _trained_parameters(config: TrainConfig, model: Any) -> int:
     return sum(config.lora.rank * int(linear.in_features + linear.out_features) for linear in wanted)
 
 
-def _activation_bytes(config: TrainConfig, segment: SegmentConfig, shape: Any, b: int) -> int:
-    """What a segment's graph keeps: of each layer its input, and of one, or of all, everything between."""
-    size, wide = segment.segment_tokens, max(4, b)
+def _graph_tokens(config: TrainConfig, segment: SegmentConfig) -> int:
+    """Tokens whose graph is in memory at a time: a segment's; gates learn from whole streams, as far as is known."""
+    if config.gates is None:
+        return segment.segment_tokens
+    sources = config.data.sources
+    return max(n for source in sources for n in (source.lengths if source.tasks else (source.most_chars or 1,)))
+
+
+def _activation_bytes(config: TrainConfig, size: int, shape: Any, b: int) -> int:
+    """What the graph of so many tokens keeps: of each layer its input, and of one, or of all, everything between."""
+    wide = max(4, b)
     heads = shape.num_attention_heads * _head_dim(shape)
     # Two norms with their wide copies, queries before and after rotation, attention's output; gate, up, their product.
     layer = size * (2 * shape.hidden_size * (b + wide) + 4 * heads * b + 4 * shape.intermediate_size * b)
@@ -102,12 +109,13 @@ def _state_bytes(
 
 
 def _shape(model: str) -> Any:
-    """The model's configuration; None for what transformers has no file of, a GGUF's."""
-    if model.endswith(".gguf"):
-        return None
+    """The model's configuration, as transformers has it; of a GGUF file, from its header."""
+    where = Path(default_model_directory() if model == DEFAULT_MODEL else model)
     try:
-        return AutoConfig.from_pretrained(default_model_directory() if model == DEFAULT_MODEL else model)
-    except (OSError, ValueError) as error:
+        if where.suffix == ".gguf":
+            return AutoConfig.from_pretrained(where.parent, gguf_file=where.name)
+        return AutoConfig.from_pretrained(model if model != DEFAULT_MODEL else where)
+    except (OSError, ValueError, KeyError) as error:
         raise NotFound(f"model {model!r} can't be loaded: {str(error).splitlines()[0]}", model=model) from error
 
 

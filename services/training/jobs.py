@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 CONFIG = "config.json"
+# What Ray would take in place of the address that it is given.
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 MODULE = "services.training.train"
 # A job's log may break off while the job goes on; then it is asked for again.
 RETRY_S = 1.0
@@ -51,15 +53,16 @@ def run_locally(config: TrainConfig, console: Console, *, resume: bool = False) 
 
 
 class Jobs:
-    """Training jobs of a cluster. address: its dashboard's, http://..., or ray://...; None: Ray's own environment
-    variables, else this machine. Raises Unavailable where nobody answers."""
+    """Training jobs of a cluster. address: its dashboard's, http://..., or ray://...; None: RAY_ADDRESS, else this
+    machine. Raises Unavailable where nobody answers."""
 
     def __init__(self, address: str | None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         from ray.job_submission import JobSubmissionClient
 
         try:
-            self._client: JobSubmissionClient = JobSubmissionClient(address)
+            with _without(*(ADDRESSES if address else ())):
+                self._client: JobSubmissionClient = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
             first_line = str(error).strip().split("\n")[0]
             raise Unavailable(
@@ -156,6 +159,16 @@ class Jobs:
             pass  # the connection broke off
         finally:
             loop.run_until_complete(chunks.aclose())
+
+
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Without these variables of the environment."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ |= kept
 
 
 @contextmanager

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
-
-from tensorboardX import SummaryWriter
 
 from services.training.config import TrainConfig
 
@@ -50,6 +49,8 @@ class RunRecorder:
     """Writes to the run's folder, prints, and passes on to the trackers that were asked for."""
 
     def __init__(self, config: TrainConfig, start: int) -> None:
+        from tensorboardX import SummaryWriter  # brings torch along, which who only follows a run doesn't need
+
         config.folder.mkdir(parents=True, exist_ok=True)
         self._steps, self._told = config.steps, 0.0
         path = config.folder / LINES
@@ -124,8 +125,12 @@ class Tracker(Protocol):
 
 
 class _Mlflow:
+    """A run that goes on is a new run of the same name. Kept in `storage`, unless MLFLOW_TRACKING_URI says where."""
+
     def __init__(self, config: TrainConfig) -> None:
         self._mlflow = importlib.import_module("mlflow")
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            self._mlflow.set_tracking_uri(f"sqlite:///{(config.storage / 'mlflow.db').resolve()}")
         self._mlflow.set_experiment("segcore")
         self._mlflow.start_run(run_name=config.name, tags={"segcore.config": config.digest})
 
@@ -137,9 +142,16 @@ class _Mlflow:
 
 
 class _Wandb:
+    """A run that goes on is the same run. What W&B keeps on this machine is in the run's folder."""
+
     def __init__(self, config: TrainConfig) -> None:
         self._run = importlib.import_module("wandb").init(
-            project="segcore", name=config.name, config=config.model_dump(mode="json"), resume="allow"
+            project="segcore",
+            id=f"{config.name}-{config.digest}",
+            name=config.name,
+            config=config.model_dump(mode="json"),
+            resume="allow",
+            dir=str(config.folder),
         )
 
     def log(self, metrics: dict[str, float], step: int) -> None:

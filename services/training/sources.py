@@ -9,11 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
-from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from segcore.errors import ConfigError
 from segcore.tasks.base import Room
@@ -21,6 +18,7 @@ from segcore.tasks.haystack import Haystack
 from segcore.tasks.registry import draw_task
 from segcore.training.stream import TrainingStream
 from segcore.turns import frame_tokens
+from services.training.data_config import SourceConfig
 from services.training.records import Fault, Record, open_records
 from services.training.samples import (
     Chat,
@@ -34,85 +32,6 @@ from services.training.samples import (
 
 # Faults that a report tells in full, of each source.
 TOLD = 10
-
-
-def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
-    """Relative paths are relative to the file that names them."""
-    folder: Path = (info.context or {}).get("folder", Path.cwd())
-    return folder / path.expanduser()
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TaskConfig(Section):
-    """A task of `segcore.tasks` and its options; of an option that lists values, each item draws one."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    task: str
-    weight: float = Field(default=1.0, gt=0)
-
-    @model_validator(mode="after")
-    def _possible(self) -> TaskConfig:
-        try:
-            draw_task(self.task, self.options, random.Random(0))
-        except ConfigError as error:
-            raise ValueError(error.message) from error
-        return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class SourceConfig(Section):
-    """Files, or tasks.
-
-    files: text (a file is a document), JSON lines, Parquet, folders of these, and data sets that `datasets` saved.
-    weight: how many of the streams come from here, relative to the other sources. loss: "all" tokens, "answers"
-    alone, or, of tasks, what answers must hold, their "values"; None: all of documents, answers of the rest.
-
-    Of files: text: the field that is a document. messages: the field that is a conversation. prompt: fields of the
-    user's turn, and answer, the field of the answer to it. The first of these that is set says what records are; none:
-    documents in "text". most_chars: longer documents are cut into several streams; longer conversations are left out.
-
-    Of tasks: lengths: tokens of a stream, of which each item draws one. haystack: "python", "essays", or a text file or
-    folder, of which the part for training is used. split: of its names, values and texts.
-    """
-
-    files: tuple[Annotated[Path, AfterValidator(_beside_the_file)], ...] = ()
-    tasks: tuple[TaskConfig, ...] = ()
-    weight: float = Field(default=1.0, gt=0)
-    loss: Literal["all", "answers", "values"] | None = None
-    text: str | None = None
-    messages: str | None = None
-    prompt: tuple[str, ...] = ()
-    answer: str | None = None
-    most_chars: int | None = Field(default=None, ge=16)
-    lengths: tuple[int, ...] = (4096,)
-    haystack: str = "python"
-    split: Literal["train", "eval"] = "train"
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> SourceConfig:
-        if bool(self.files) == bool(self.tasks):
-            raise ValueError("a source has files or tasks")
-        if bool(self.prompt) != bool(self.answer):
-            raise ValueError("prompt and answer go together")
-        if sum(map(bool, (self.text, self.messages, self.prompt))) > 1:
-            raise ValueError("records are documents (text), conversations (messages) or instructions (prompt, answer)")
-        only = (
-            {"text", "messages", "prompt", "answer", "most_chars"} if self.tasks else {"lengths", "haystack", "split"}
-        )
-        if wrong := only & self.model_fields_set:
-            raise ValueError(f"{', '.join(sorted(wrong))}: not of {'tasks' if self.tasks else 'files'}")
-        if self.loss == "values" and not self.tasks:
-            raise ValueError('loss: "values" is of tasks, whose answers are known to the word')
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError("lengths must be at least 1")
-        return self
 
 
 @dataclass

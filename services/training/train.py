@@ -17,8 +17,8 @@ from typing import Any
 
 from segcore.errors import AlreadyExists, NotFound, SegcoreError
 from services.local_ray import prepare_ray
-from services.training.checkpoint import export, latest, publish
 from services.training.config import TrainConfig
+from services.training.folders import export, latest, publish
 from services.training.metrics import tell
 from services.training.picture import draw
 
@@ -40,7 +40,7 @@ def train_worker(settings: dict[str, Any]) -> Outcome:
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     torch.set_num_threads(config.workers.threads or max(1, int(config.workers.cpus)))
     try:
-        run = Run(config, Workers(), ray.train.torch.get_device(), _Reporter(config))
+        run = Run(config, Workers(), ray.train.torch.get_device(), _Reporter())
         return {"step": run.train().step, "metrics": run.metrics}
     except SegcoreError as error:
         # It would fail again: the run ends, where an exception would make Ray go on from the last checkpoint.
@@ -48,17 +48,17 @@ def train_worker(settings: dict[str, Any]) -> Outcome:
 
 
 class _Reporter:
-    """Hands checkpoints to Ray, which takes them to the run's folder in a thread of its own, one after the other."""
+    """Hands checkpoints to Ray, which has them appear in a thread of its own: bringing them to the disk takes time."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._folder, self._idle = config.folder, threading.Event()
+    def __init__(self) -> None:
+        self._idle = threading.Event()
         self._idle.set()
 
     def __call__(self, metrics: dict[str, float], folder: Path | None, name: str) -> None:
         import ray.train
         from ray.train import Checkpoint, CheckpointUploadMode
 
-        self._idle.wait()  # so that no more than one waits on this node's disk
+        self._idle.wait()  # so that what isn't on the disk yet is one checkpoint at most
         if folder is not None:
             self._idle.clear()
         ray.train.report(
@@ -66,17 +66,17 @@ class _Reporter:
             checkpoint=None if folder is None else Checkpoint.from_directory(folder),
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=self._upload,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=self._publish,
         )
 
-    def _upload(self, checkpoint: Any, name: str) -> Any:
+    def _publish(self, checkpoint: Any, name: str) -> Any:
         from ray.train import Checkpoint
 
         try:
-            publish(Path(checkpoint.path), self._folder / name)
+            return Checkpoint.from_directory(publish(Path(checkpoint.path)))
         finally:
             self._idle.set()
-        return Checkpoint.from_directory(self._folder / name)
 
 
 def fit(config: TrainConfig, *, loop: Callable[[dict[str, Any]], Outcome] = train_worker) -> Outcome:
@@ -180,6 +180,7 @@ def _connect(config: TrainConfig, *, local: bool) -> None:
         prepare_ray()
     import psutil
     import ray
+    import torch  # noqa: F401  # before Ray has threads: imported later, its MKL has been seen to end the process
 
     if not local:
         ray.init(logging_level="WARNING")

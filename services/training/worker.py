@@ -8,11 +8,7 @@ of one that was never interrupted.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import random
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,26 +20,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from segcore.config import SegmentConfig, SegmentedConfig
-from segcore.errors import ConfigError, LimitExceeded, NonFiniteLoss, SegcoreError, StorageFull
-from segcore.retrieval.query_maps import QueryMaps
-from segcore.training.lora import LoraSettings, add_lora, load_adapter, save_adapter
+from segcore.errors import LimitExceeded, NonFiniteLoss, SegcoreError, StorageFull
 from segcore.training.stream import TrainingStream
-from segcore.training.tbptt import SegmentedTrainer, StreamLoss
-from segcore.weights import LoadedModel, load_model
-from services.training.checkpoint import (
-    Progress,
-    checkpoint_name,
-    latest,
-    optimizer_tensors,
-    require_room,
-    restore_optimizer,
-    save_training,
-    save_weights,
-)
-from services.training.config import OptimizerSection, SelectorsSection, TrainConfig
+from segcore.training.tbptt import StreamLoss
+from services.training.checkpoint import optimizer_tensors, restore_optimizer, save_training
+from services.training.config import OptimizerSection, TrainConfig
 from services.training.data import open_data, report_lines
-from services.training.estimate import require_memory
+from services.training.folders import Progress, checkpoint_name, latest, remove_unfinished, unfinished
+from services.training.learners import open_learner, seed_everything
 from services.training.metrics import Recorder, RunRecorder, Silent
 from services.training.parallel import Optimizer, Replicated, Sharded, Workers
 from services.training.schedule import rate
@@ -53,7 +37,7 @@ T = TypeVar("T")
 
 
 class Report(Protocol):
-    """Takes over a checkpoint: a folder that may be moved or deleted then. Every worker calls it, one with a folder."""
+    """Takes over a checkpoint, for `publish`. Every worker calls it, one with a folder, if there is one."""
 
     def __call__(self, metrics: Metrics, folder: Path | None, name: str) -> None: ...
 
@@ -67,11 +51,9 @@ class Run:
     def __init__(self, config: TrainConfig, workers: Workers, device: torch.device, report: Report) -> None:
         self.config, self.workers, self._report = config, workers, report
         start = workers.gather(latest(config.folder))[0]
-        self.model = agreed(workers, partial(_load, config, device, start))
-        self.trainer = self._trainer(config.segment_config())
-        self.named = _trained(self.model)
-        self.optimizer = _optimizer(config, list(self.named.values()), workers, device)
-        self.data = agreed(workers, lambda: open_data(config.data, self.model.tokenizer))
+        self.learner = agreed(workers, partial(open_learner, config, device, start))
+        self.optimizer = _optimizer(config, list(self.learner.named.values()), workers, device)
+        self.data = agreed(workers, lambda: open_data(config.data, self.learner.model.tokenizer))
         self.data_digest = self.data.digest()
         self.step, self.metrics = 0, Metrics()
         if start is not None:
@@ -81,9 +63,11 @@ class Run:
     def train(self) -> Progress:
         """Take the steps that are left."""
         if self.workers.rank == 0:
+            remove_unfinished(self.config.folder)
             self.recorder = RunRecorder(self.config, self.step)
             for line in report_lines(self.data.reports, self.config.data):
                 self.recorder.tell(note=line)
+            self.recorder.tell(note=f"from step {self.step} on with {self.workers.world} workers")
         with contextlib.closing(self.recorder):
             if self.step == 0 and self.config.evaluation is not None:
                 self._record(self.evaluate())
@@ -97,15 +81,16 @@ class Run:
     def take_step(self, batch: Sequence[TrainingStream]) -> None:
         """Move the weights by the mean loss of the targets of all workers' streams."""
         began = time.monotonic()
-        _seed(self.config.seed, self.step, self.workers.rank)
+        seed_everything(self.config.seed, self.step, self.workers.rank)
         mine = sum(stream.valid_tokens for stream in batch)
-        taught = sum(len(self.trainer.lessons(stream)) for stream in batch)
+        taught = sum(self.learner.choices(stream) for stream in batch)
         valid, choices, seen = self.workers.sum(mine, taught, sum(len(stream.tokens_T) for stream in batch))
         for group in self.optimizer.optimizer.param_groups:
             group["lr"] = self.config.optimizer.learning_rate * rate(self.config.schedule, self.step, self.config.steps)
         try:
             losses = agreed(self.workers, lambda: self._losses(batch, max(1, round(valid)), round(choices)))
             norm = self.optimizer.step()
+            self.learner.moved()
         except NonFiniteLoss as error:
             raise self._kept(batch, error) from error
         total, selectors, recall = self.workers.sum(
@@ -129,10 +114,10 @@ class Run:
         """The loss of the evaluation's streams, and the share of their answers that greedy decoding would give."""
         config = self.config.evaluation
         assert config is not None
-        loader = agreed(self.workers, lambda: open_data(config.data, self.model.tokenizer))
+        loader = agreed(self.workers, lambda: open_data(config.data, self.learner.model.tokenizer))
         streams = islice(chain.from_iterable(loader.batches(0, 1)), config.streams)
         mine = list(islice(streams, self.workers.rank, None, self.workers.world))
-        scorer = self._trainer(self.config.evaluation_segment())
+        scorer = self.learner.scorer()
         scores = agreed(self.workers, lambda: [scorer.score(stream) for stream in mine])
         total, tokens, right, answers = self.workers.sum(
             sum(score.total for score in scores),
@@ -154,25 +139,12 @@ class Run:
 
     def _losses(self, batch: Sequence[TrainingStream], valid: int, choices: int) -> list[StreamLoss]:
         try:
-            return [self.trainer.loss_and_grad(stream, valid, choices) for stream in batch]
+            return [self.learner.loss_and_grad(stream, valid, choices) for stream in batch]
         except torch.OutOfMemoryError as error:
             raise LimitExceeded(
                 "the device's memory is used up: set checkpoint_layers, or take smaller segments or more workers with"
                 f" parallel: fsdp ({str(error).splitlines()[0]})"
             ) from error
-
-    def _trainer(self, segment: SegmentConfig) -> SegmentedTrainer:
-        config, selectors = self.config, self.config.selectors or SelectorsSection()
-        return SegmentedTrainer(
-            self.model.lm,
-            segment,
-            k=config.k,
-            chunk_tokens=config.chunk_tokens,
-            checkpoint_layers=config.checkpoint_layers,
-            host_bytes=config.past_bytes,
-            selector_weight=selectors.weight,
-            attention_teaches=selectors.attention_teaches,
-        )
 
     def _checked(self, start: Path) -> Progress:
         progress = Progress.read(start)
@@ -180,7 +152,7 @@ class Run:
         return progress
 
     def _restore(self, start: Path, progress: Progress) -> None:
-        restore_optimizer(start, self.named, self.optimizer)
+        restore_optimizer(start, self.learner.named, self.optimizer)
         self.data.restore(progress.data)
         self.step, self.metrics = progress.step, progress.metrics
 
@@ -195,26 +167,17 @@ class Run:
     def _checkpoint(self) -> None:
         if self.config.evaluation is not None:
             self._record(self.evaluate())
-        tensors = optimizer_tensors(self.named, self.optimizer)
-        folder = None
+        tensors = optimizer_tensors(self.learner.named, self.optimizer)
+        name, folder = checkpoint_name(self.step), None
         if self.workers.rank == 0:
-            folder = Path(tempfile.mkdtemp(prefix="segcore-checkpoint-"))
             try:
-                self._save_weights(folder)
-                save_training(folder, tensors, self.progress())
-                require_room(folder, self.config.folder)
+                with unfinished(self.config.folder, name) as folder:
+                    self.learner.save(folder, self.step)
+                    save_training(folder, tensors, self.progress())
             except (OSError, SafetensorError, StorageFull) as error:
-                shutil.rmtree(folder, ignore_errors=True)
                 folder = None
                 self.recorder.tell(warning=f"no checkpoint at step {self.step}; the last one stays: {error}")
-        self._report(self.metrics | {"step": self.step}, folder, checkpoint_name(self.step))
-
-    def _save_weights(self, folder: Path) -> None:
-        segment = self.config.evaluation_segment()
-        if self.config.whole:
-            save_weights(folder, self.model, segment)
-        else:
-            save_adapter(self.model.lm, folder, base_model=self.config.model, segment=segment)
+        self._report(self.metrics | {"step": self.step}, folder, name)
 
     def _kept(self, batch: Sequence[TrainingStream], error: NonFiniteLoss) -> NonFiniteLoss:
         """The error, once the step's streams are saved beside the run."""
@@ -243,36 +206,6 @@ def agreed(workers: Workers, act: Callable[[], T]) -> T:
     return result[0]
 
 
-def _load(config: TrainConfig, device: torch.device, start: Path | None) -> LoadedModel:
-    """The model with the weights, or the adapter, of a checkpoint, or as it begins."""
-    require_memory(config, device)
-    name = str(start) if start is not None and config.whole else config.model
-    model = load_model(name, dtype=config.dtype, device=str(device), trainable=True)
-    lm, segment = model.lm, config.segment_config()
-    if not config.whole:
-        lm.model.requires_grad_(False)
-    if start is not None and not config.whole:
-        load_adapter(lm, start, name=config.model)
-    elif config.lora is not None:
-        _seed(config.seed, -1, 0)
-        add_lora(lm, LoraSettings(**config.lora.model_dump()))
-    if config.selectors is not None and lm.query_maps is None:
-        if not isinstance(segment, SegmentedConfig) or not segment.selectors:
-            raise ConfigError("selectors learn under policy 'segmented' with selectors, and not with selection 'cell'")
-        lm.query_maps = QueryMaps(segment.selectors, lm.spec)
-    if lm.query_maps is not None:
-        lm.query_maps.requires_grad_(config.selectors is not None)
-    return model
-
-
-def _trained(model: LoadedModel) -> dict[str, nn.Parameter]:
-    """The parameters that ask for gradients, by name, in the trainer's order."""
-    named = dict(model.lm.model.named_parameters())
-    if model.lm.query_maps is not None:
-        named |= {f"query_maps.{name}": p for name, p in model.lm.query_maps.named_parameters()}
-    return {name: p for name, p in named.items() if p.requires_grad}
-
-
 def _optimizer(
     config: TrainConfig, parameters: list[nn.Parameter], workers: Workers, device: torch.device
 ) -> Optimizer:
@@ -290,9 +223,3 @@ def _adamw(config: OptimizerSection, masters: list[nn.Parameter]) -> torch.optim
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps
     )
-
-
-def _seed(seed: int, step: int, rank: int) -> None:
-    mixed = int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=4).digest())
-    random.seed(mixed)
-    torch.manual_seed(mixed)

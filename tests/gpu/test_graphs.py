@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -14,12 +16,12 @@ from segcore.policies import POLICIES
 from tests.conftest import VOCABULARY
 from tests.segcore.test_invariants import MARKS, MATRIX, STREAM
 
-# Policies whose close a graph can hold, where segments are passed whole.
-WHOLE = [
-    name
+# What whole segments are passed for: policies of sinks, retrieved tokens and a tail, segments no shorter than those.
+WHOLE = {
+    name: dataclasses.replace(config, segment_tokens=48)
     for name, config in MATRIX.items()
-    if getattr(POLICIES[config.policy], "capturable", False) and config.refresh_points is None
-]
+    if getattr(POLICIES[config.policy], "by_ends", False) and config.refresh_points is None
+}
 
 
 def make_lm(dtype: torch.dtype) -> CausalLM:
@@ -52,8 +54,7 @@ class Stream:
     def __init__(self, lm: CausalLM, config: SegmentConfig, *, graphs: bool = True) -> None:
         self.runner = Runner(lm, config)
         if not graphs:
-            self.runner._graphs._usable = False
-            self.runner._segments.fits = lambda state, tokens: False
+            self.runner._decode._usable = self.runner._wholes._usable = False
         self.state = self.runner.begin()
         self.past = PastKVManager(CacheConfig(), device=lm.spec.device).open_stream(self.runner.policy.layout)
 
@@ -99,16 +100,61 @@ def test_decode_by_graphs_is_as_near_to_the_truth_as_plain_passes(exact_lm, lm, 
     config = MATRIX[policy]
     streams = [Stream(exact_lm, config, graphs=False), Stream(lm, config, graphs=False), Stream(lm, config)]
     compare(streams, list(STREAM.split(1)), MARKS, monkeypatch)
-    assert streams[2].runner._graphs._graphs, "no graph was used"
+    assert streams[2].runner._decode._graphs, "no graph was used"
 
 
 @pytest.mark.parametrize("policy", WHOLE)
-def test_segments_by_graphs_are_as_near_to_the_truth_as_plain_passes(exact_lm, lm, policy, monkeypatch):
-    config = MATRIX[policy]
+def test_whole_segments_are_as_near_to_the_truth_as_plain_passes(exact_lm, lm, policy, monkeypatch):
+    config = WHOLE[policy]
     streams = [Stream(exact_lm, config, graphs=False), Stream(lm, config, graphs=False), Stream(lm, config)]
-    tokens = STREAM.repeat(2)[: 15 * config.segment_tokens]
+    tokens = STREAM.repeat(6)[: 15 * config.segment_tokens + 5]
     compare(streams, list(tokens.split(config.segment_tokens)), (), monkeypatch)
-    assert any(streams[2].runner._segments._seen.values()), "no graph was used"
+    assert streams[2].runner._wholes._pass._graphs[False], "no graph was used"
+
+
+@pytest.mark.parametrize("policy", WHOLE)
+def test_whole_segments_leave_what_plain_passes_leave(lm, policy, monkeypatch):
+    """In the first layer, whose inputs are the same to the last bit."""
+    config = WHOLE[policy]
+    plain, whole = Stream(lm, config, graphs=False), Stream(lm, config)
+    choices: list[torch.Tensor] = []
+    monkeypatch.setattr(plain.past, "decide", lambda choose: choices.append(choose()) or choices[-1])
+    monkeypatch.setattr(whole.past, "decide", lambda choose: choices.pop())
+    for i, tokens in enumerate(STREAM.repeat(6)[: 9 * config.segment_tokens].split(config.segment_tokens)):
+        plain.run(tokens)
+        whole.run(tokens)
+        for ours, theirs in zip(whole.state.layers[0], plain.state.layers[0], strict=True):
+            assert (ours.start, ours.base, ours.position) == (theirs.start, theirs.base, theirs.position), i
+            rows = slice(ours.start, ours.base)
+            assert torch.equal(ours.k_HND[:, rows], theirs.k_HND[:, rows]), i
+            assert torch.equal(ours.v_HND[:, rows], theirs.v_HND[:, rows]), i
+            torch.testing.assert_close(ours.rotated_HND[:, rows], theirs.rotated_HND[:, rows], rtol=0.02, atol=0.02)
+    if plain.past.segments:
+        positions = torch.arange(9 * config.segment_tokens)
+        first_layer = [i for i, cell in enumerate(whole.runner.policy.readers) if cell.layer == 0]
+        whole.past.await_transfer()
+        assert not any(bulk.is_cuda for bulk in whole.past.within_reach()), "a block stayed on the device"
+        kept = [stream.past.gather(positions)[:, first_layer] for stream in (plain, whole)]
+        assert torch.equal(*kept)
+
+
+def test_streams_take_turns_in_one_graph(lm):
+    config = WHOLE["segmented"]
+    tokens = STREAM.repeat(6)[: 8 * config.segment_tokens].split(config.segment_tokens)
+    alone, first, second = Stream(lm, config), Stream(lm, config), Stream(lm, config)
+    second.runner = first.runner
+    want = [alone.run(piece) for piece in tokens]
+    for i, piece in enumerate(tokens):
+        assert torch.equal(first.run(piece), want[i]), i
+        second.run(piece.flip(0))
+
+
+def test_windows_grow_behind_whole_segments(lm, exact_lm, monkeypatch):
+    config = WHOLE["segmented"]
+    streams = [Stream(exact_lm, config, graphs=False), Stream(lm, config, graphs=False), Stream(lm, config)]
+    tokens, size = STREAM.repeat(6), config.segment_tokens
+    pieces = [*tokens[: 2 * size].split(size), *tokens[2 * size :][:20].split(1), tokens[2 * size + 20 : 3 * size]]
+    compare(streams, [*pieces, *tokens[3 * size : 5 * size].split(size)], (2 * size + 10,), monkeypatch)
 
 
 def test_company_changes_no_bit(lm):

@@ -59,12 +59,12 @@ def test_gradients_are_those_of_finite_differences(checkpoint_layers):
     trainer = GateTrainer(lm, CONFIG, sparsity=0.3, checkpoint_layers=checkpoint_layers)
     start = torch.tensor([[0.9, 0.2], [0.4, 0.7]], dtype=torch.float64)
     trainer.gates_LH.data.copy_(start)
-    trainer.loss_and_grad(stream, streams=4)
+    trainer.loss_and_grad(stream, 4 * stream.valid_tokens)
     ours = trainer.gates_LH.grad.clone()
 
     def loss(gates_LH: Tensor) -> float:
         trainer.gates_LH.data.copy_(gates_LH)
-        return trainer.loss_and_grad(stream).distance + 0.3 * float(gates_LH.sum())
+        return trainer.loss_and_grad(stream, stream.valid_tokens).distance + 0.3 * float(gates_LH.sum())
 
     for layer, head in itertools.product(range(2), range(2)):
         step = torch.zeros_like(start)
@@ -76,12 +76,12 @@ def test_gradients_are_those_of_finite_differences(checkpoint_layers):
 def test_the_cells_that_matter_keep_their_gates(lm):
     streams = [TrainingStream(f"s{i}", STREAM[30 * i : 30 * i + 60]) for i in range(2)]
     trainer = GateTrainer(lm, CONFIG, sparsity=4.0)
-    assert trainer.loss_and_grad(streams[0]).distance == 0
+    assert trainer.loss_and_grad(streams[0], 59).distance == 0
     trainer.gates_LH.grad = None
     optimizer = torch.optim.Adam([trainer.gates_LH], lr=0.05)
     for _ in range(30):
         for stream in streams:
-            trainer.loss_and_grad(stream, len(streams))
+            trainer.loss_and_grad(stream, sum(s.valid_tokens for s in streams))
         optimizer.step()
         optimizer.zero_grad()
         trainer.clamp()
@@ -91,7 +91,7 @@ def test_the_cells_that_matter_keep_their_gates(lm):
     def distance(chosen: tuple[Cell, ...]) -> float:
         gates = torch.tensor([[float(Cell(layer, head) in chosen) for head in range(2)] for layer in range(2)])
         trainer.gates_LH.data.copy_(gates)
-        return sum(trainer.loss_and_grad(stream).distance for stream in streams)
+        return sum(trainer.loss_and_grad(stream, stream.valid_tokens).distance for stream in streams)
 
     by_distance = sorted(itertools.combinations(CELLS, 2), key=distance)
     assert report.retrieval in by_distance[:2]
@@ -107,7 +107,7 @@ def test_gates_stay_between_nought_and_one(lm):
 @pytest.mark.parametrize("stream", [TrainingStream("s", STREAM.repeat(5)), TrainingStream("s", STREAM[:1])])
 def test_streams_that_teach_nothing_are_refused(lm, stream):
     with pytest.raises(InvalidInput, match="within 512 positions"):
-        GateTrainer(lm, CONFIG).loss_and_grad(stream)
+        GateTrainer(lm, CONFIG).loss_and_grad(stream, 1)
 
 
 def test_the_report_is_what_the_service_takes(lm, tmp_path):

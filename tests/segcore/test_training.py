@@ -392,8 +392,10 @@ def test_a_trainer_that_cannot_train_is_refused(gqa):
         SegmentedTrainer(gqa, tiny_segment(), chunk_tokens=0)
     frozen = trained_model()
     frozen.model.requires_grad_(False)
+    scorer, stream = SegmentedTrainer(frozen, tiny_segment()), TrainingStream("s", STREAM[:40])
+    assert scorer.score(stream).tokens == 39
     with pytest.raises(ConfigError, match="requires_grad_"):
-        SegmentedTrainer(frozen, tiny_segment())
+        scorer.loss_and_grad(stream, 39)
 
 
 def test_a_model_in_bfloat16_learns_a_stream_by_heart(model_directory):
@@ -411,5 +413,6 @@ def test_a_model_in_bfloat16_learns_a_stream_by_heart(model_directory):
 def test_a_model_that_was_loaded_for_inference_is_refused(model_directory):
     lm = load_model(str(model_directory), dtype="bfloat16", device="cpu").lm
     lm.model.requires_grad_(True)
+    trainer = SegmentedTrainer(lm, tiny_segment(selectors=(Cell(0, 1),)))
     with pytest.raises(ConfigError, match="trainable=True"):
-        SegmentedTrainer(lm, tiny_segment(selectors=(Cell(0, 1),)))
+        trainer.loss_and_grad(TrainingStream("s", STREAM[:40] % 256), 39)

@@ -14,7 +14,7 @@ from segcore.config import CacheConfig
 from segcore.errors import InvalidInput, NonFiniteLoss
 from segcore.model import CausalLM
 from segcore.pastkv.manager import PastKVManager
-from segcore.training.loss import head_loss_and_grad
+from segcore.training.loss import head_loss_and_grad, head_loss_and_hits
 from segcore.training.optimizer import MasterOptimizer
 from segcore.training.past import RecordedPast
 from segcore.training.stream import IGNORED, TrainingStream
@@ -99,6 +99,19 @@ def test_a_heads_loss_is_cross_entropy_of_all_logits(make, logits, monkeypatch):
     torch.testing.assert_close(lm.model.lm_head.weight.grad, expected_head, rtol=0, atol=1e-12)
     assert max(rows) <= max(1, logits // VOCABULARY)
     assert sum(rows) == 16
+
+
+@pytest.mark.parametrize("logits", [1, 5 * VOCABULARY, 2**25])
+def test_a_score_in_pieces_is_the_score(logits):
+    lm = CausalLM(tiny_model())
+    hidden_TC = torch.randn(20, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    own = lm.model.lm_head(hidden_TC)
+    targets_T = own.argmax(-1)
+    targets_T[3:9] = (targets_T[3:9] + 1) % VOCABULARY
+    targets_T[[0, 7, 19]] = IGNORED
+    loss, hits_T = head_loss_and_hits(lm, hidden_TC, targets_T, logits)
+    assert loss == pytest.approx(cross_entropy(own, targets_T, ignore_index=IGNORED, reduction="sum").item(), rel=1e-12)
+    assert hits_T.tolist() == [t not in (0, 3, 4, 5, 6, 7, 8, 19) for t in range(20)]
 
 
 def test_a_heads_loss_is_taken_in_fp32():

@@ -91,11 +91,10 @@ class Alone:
     def __init__(self, config: TrainConfig) -> None:
         self.reported: list[dict[str, float]] = []
         self.run = Run(config, Workers(), torch.device("cpu"), self._report)
-        self._folder = config.folder
 
     def _report(self, metrics: dict[str, float], folder: Path | None, name: str) -> None:
-        from services.training.checkpoint import publish
+        from services.training.folders import publish
 
         self.reported.append(metrics)
         if folder is not None:
-            publish(folder, self._folder / name)
+            publish(folder)

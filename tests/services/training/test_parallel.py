@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from segcore.errors import NonFiniteLoss, SegcoreError
 from segcore.training.stream import TrainingStream
-from services.training.checkpoint import TENSORS, latest, publish
 from services.training.config import TrainConfig
+from services.training.folders import TENSORS, latest, publish
 from services.training.metrics import LINES, read_lines
 from services.training.parallel import Workers
 from services.training.worker import Run
@@ -40,7 +40,7 @@ def two_workers(rank: int, folder: Path, config: str) -> None:
 
     def report(metrics: dict[str, float], made: Path | None, name: str) -> None:
         if made is not None:
-            publish(made, sharded.folder / name)
+            publish(made)
         dist.barrier()
 
     first = Interrupted(sharded, Workers(), torch.device("cpu"), report)
@@ -53,7 +53,7 @@ def two_workers(rank: int, folder: Path, config: str) -> None:
 
     poisoned = Run(sharded.model_copy(update={"name": "poisoned"}), Workers(), torch.device("cpu"), report)
     if rank == 1:
-        poisoned.model.lm.model.lm_head.weight.data[7] = torch.nan
+        poisoned.learner.model.lm.model.lm_head.weight.data[7] = torch.nan
     ended = ""
     try:
         poisoned.take_step(next(poisoned.data.batches(rank, 2)))
@@ -86,7 +86,7 @@ def test_shards_are_one_worker_and_a_loss_that_is_no_number_ends_both(values, tm
 
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert {line["ended"] for line in told} == {NonFiniteLoss.__name__}
-    parameters = sum(p.numel() for p in one.run.trainer.parameters)
+    parameters = sum(p.numel() for p in one.run.learner.named.values())
     assert sum(line["shards"] for line in told) == parameters
     assert all(abs(line["shards"] - parameters / 2) < 0.1 * parameters for line in told)
     assert len(list((tmp_path / "poisoned" / "nonfinite").iterdir())) == 2

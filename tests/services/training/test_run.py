@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
+import multiprocessing
+import os
+import random
 import shutil
+import signal
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from peft import PeftModel
+from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from segcore.errors import ConfigError, NonFiniteLoss
 from segcore.presets import segment_preset
-from segcore.training.stream import TrainingStream
+from segcore.training.stream import IGNORED, TrainingStream
 from segcore.weights import load_model
-from services.training import checkpoint, worker
-from services.training.checkpoint import TENSORS, export, latest, publish
+from services.training import checkpoint, folders, learners, worker
 from services.training.config import ScheduleSection, TrainConfig
-from services.training.estimate import _shape, estimate
+from services.training.estimate import _shape, estimate, require_memory
+from services.training.folders import TENSORS, export, latest, publish, unfinished
 from services.training.metrics import LINES, read_lines, told
 from services.training.schedule import rate
 from services.training.worker import Run
+from tests.conftest import tiny_model
 from tests.services.training.conftest import Alone, lines, texts
 
 
@@ -98,6 +108,59 @@ def test_a_resumed_run_is_an_unbroken_one_to_the_last_bit(config, learner, monke
     assert evaluations[-1] < evaluations[0]
 
 
+def test_random_numbers_of_a_resumed_run_are_those_of_an_unbroken_one(config, monkeypatch):
+    """As dropout would, or anything else that draws: here, which tokens are predicted."""
+    loss_and_grad = learners.Predictions.loss_and_grad
+
+    def drawn(self, stream, valid_tokens, choices):
+        keep = torch.rand(len(stream.tokens_T)) < 0.3 + 0.4 * random.random()
+        labels_T = torch.where(keep, stream.tokens_T, IGNORED)
+        return loss_and_grad(self, TrainingStream(stream.name, stream.tokens_T, labels_T), valid_tokens, choices)
+
+    monkeypatch.setattr(learners.Predictions, "loss_and_grad", drawn)
+    unbroken, broken = config("unbroken"), config("broken")
+    Alone(unbroken).run.train()
+    torch.rand(5), random.random()  # what another process would have drawn
+    interrupted(broken, 5, monkeypatch)
+    Alone(broken).run.train()
+    assert curve(broken) == curve(unbroken)
+    assert_same_bits(tensors(latest(broken.folder)), tensors(latest(unbroken.folder)))
+    other = config("other", seed=1)
+    Alone(other).run.train()
+    assert curve(other) != curve(unbroken)
+
+
+def until_killed(config):
+    """What a process runs that is killed while it writes the second checkpoint."""
+    torch.set_num_threads(1)
+    save_training = worker.save_training
+
+    def killed(folder, tensors, progress):
+        if progress.step == 4:
+            (folder / "training.safetensors").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_training(folder, tensors, progress)
+
+    worker.save_training = killed
+    Alone(TrainConfig.model_validate_json(config)).run.train()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_over_a_checkpoint_goes_on_as_if_unbroken(config):
+    unbroken, broken = config("unbroken"), config("broken")
+    process = multiprocessing.get_context("spawn").Process(target=until_killed, args=(broken.to_json(),))
+    process.start()
+    Alone(unbroken).run.train()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert latest(broken.folder).name == "checkpoint-0000002"
+    assert list(broken.folder.glob(".*.partial"))
+    Alone(broken).run.train()
+    assert not list(broken.folder.glob(".*"))
+    assert curve(broken) == curve(unbroken)
+    assert_same_bits(tensors(latest(broken.folder)), tensors(latest(unbroken.folder)))
+
+
 def test_masters_are_kept_where_weights_are_narrow(config):
     Alone(config(dtype="bfloat16", steps=1)).run.train()
     saved = load_file(latest(config().folder) / TENSORS)
@@ -126,7 +189,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_its_streams(config, mo
 
     def poisoned(self, batch):
         if self.step == 3:
-            self.model.lm.model.lm_head.weight.data[7] = torch.nan
+            self.learner.model.lm.model.lm_head.weight.data[7] = torch.nan
         take_step(self, batch)
 
     monkeypatch.setattr(Run, "take_step", poisoned)
@@ -140,38 +203,52 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_its_streams(config, mo
     assert latest(config().folder).name == "checkpoint-0000002"
 
 
-def test_a_full_disk_costs_a_checkpoint_and_neither_the_last_one_nor_the_run(config, monkeypatch, capsys):
-    usage, full = namedtuple("usage", "free"), 3 * 2**20
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(full if alone.run.step == 4 else 2**40))
+def no_room(path):
+    return namedtuple("usage", "free")(3 * 2**20)
+
+
+def no_space(tensors, path):
+    path.write_bytes(b"half")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault"),
+    [(folders.shutil, "disk_usage", no_room), (checkpoint, "save_file", no_space)],
+    ids=["nothing left for others", "while it is written"],
+)
+def test_a_full_disk_costs_a_checkpoint_and_neither_the_last_one_nor_the_run(
+    config, monkeypatch, capsys, where, name, fault
+):
+    good = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *given: (fault if alone.run.step == 4 else good)(*given))
     alone = Alone(config())
     assert alone.run.train().step == 6
-    assert sorted(p.name for p in config().folder.glob("checkpoint*")) == ["checkpoint-0000002", "checkpoint-0000006"]
+    assert sorted(p.name for p in config().folder.glob("*checkpoint*")) == ["checkpoint-0000002", "checkpoint-0000006"]
     assert len(alone.reported) == 3
     said = [told(line) for line in capsys.readouterr().out.splitlines()]
     assert any("no checkpoint at step 4; the last one stays" in line.get("warning", "") for line in said if line)
 
 
-def test_what_cannot_be_copied_whole_does_not_appear(tmp_path, monkeypatch):
-    source, target = tmp_path / "source", tmp_path / "run" / "checkpoint-0000002"
-    source.mkdir()
-    (source / "a").write_text("one")
-    target.parent.mkdir()
+def test_a_checkpoint_that_does_not_reach_the_disk_does_not_appear(tmp_path, monkeypatch):
+    def made(text):
+        with unfinished(tmp_path, "checkpoint-0000002") as folder:
+            (folder / "a").write_text(text)
+        return folder
 
-    def half(source, target):
-        target.mkdir()
-        (target / "a").write_text("o")
+    def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.shutil, "copytree", half)
+        patched.setattr(folders.os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            publish(source, target)
-    assert list(target.parent.iterdir()) == []
-    assert latest(target.parent) is None
-    publish(source, target)
-    (source / "a").write_text("two")
-    publish(source, target)
-    assert (latest(target.parent) / "a").read_text() == "two"
+            publish(made("one"))
+    assert list(tmp_path.iterdir()) == []
+    first = made("one")
+    assert latest(tmp_path) is None
+    assert publish(first) == latest(tmp_path)
+    assert (publish(made("two")) / "a").read_text() == "two"
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_export_is_what_plain_transformers_loads(config, tmp_path):
@@ -184,11 +261,11 @@ def test_an_export_is_what_plain_transformers_loads(config, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
     assert model.config._attn_implementation != "segcore"
-    trained = dict(alone.run.model.lm.model.named_parameters())
+    trained = dict(alone.run.learner.model.lm.model.named_parameters())
     assert all(torch.equal(value, trained[name]) for name, value in model.named_parameters())
     tokens = torch.tensor([tokenizer.encode(texts(4)[0])])
     plain = model(tokens, labels=tokens).loss.item()  # shorter than a segment: full attention
-    ours = alone.run.trainer.score(TrainingStream("text", tokens[0]))
+    ours = alone.run.learner.scorer().score(TrainingStream("text", tokens[0]))
     assert ours.mean == pytest.approx(plain, rel=1e-5)  # transformers rotates in fp32
     load_model(str(tmp_path / "out"), dtype="float64", device="cpu")
     assert segment_preset(str(tmp_path / "out")) == config().segment_config()  # what serving runs it under
@@ -198,21 +275,63 @@ def test_an_export_is_what_plain_transformers_loads(config, tmp_path):
 def test_an_adapter_is_exported_for_serving_and_plain_peft(config, model_directory, tmp_path):
     alone = Alone(config(steps=2, lora={"rank": 4, "modules": ["q_proj", "down_proj"]}))
     alone.run.train()
-    assert {name.rsplit(".", 3)[1] for name in alone.run.named} == {"lora_A", "lora_B"}
+    assert {name.rsplit(".", 3)[1] for name in alone.run.learner.named} == {"lora_A", "lora_B"}
     export(latest(config().folder), tmp_path / "out")
     merged = load_model(str(model_directory), dtype="float64", device="cpu", adapter=tmp_path / "out")
     assert merged.adapter.segment == config().segment_config()
     plain = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float64)
     tokens = torch.tensor([merged.tokenizer.tokenizer.encode(texts(4)[0])])
     adapted = PeftModel.from_pretrained(plain, str(tmp_path / "out"))(tokens, labels=tokens).loss.item()
-    ours = alone.run.trainer.score(TrainingStream("text", tokens[0]))
+    ours = alone.run.learner.scorer().score(TrainingStream("text", tokens[0]))
     assert ours.mean == pytest.approx(adapted, rel=1e-5)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_loaded(config, monkeypatch):
-    monkeypatch.setattr(worker, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(learners, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match=r"about 0\.00 GiB of its device, which has 0\.00 GiB: weights .*, optimizer"):
         Alone(config(device_bytes=100_000))
+
+
+def test_the_estimate_counts_what_is_trained_and_who_keeps_it(config):
+    n, adapter = tiny_model().num_parameters(), 2 * 4 * (32 + 32)  # q_proj of two layers, rank 4
+
+    def parts(dtype, **changes):
+        made = config(**changes)
+        found = estimate(made, _shape(made.model), dtype, torch.device("cpu"))
+        return [found[name] for name in ("weights", "gradients", "masters", "optimizer")]
+
+    assert parts(torch.float32) == [4 * n, 4 * n, 0, 8 * n]
+    assert parts(torch.bfloat16) == [2 * n, 4 * n, 4 * n, 8 * n]
+    shared = {"workers": {"count": 2, "parallel": "fsdp"}}
+    assert parts(torch.bfloat16, **shared) == [2 * n, 4 * n, 2 * n, 4 * n]
+    lora = {"lora": {"rank": 4, "modules": ["q_proj"]}}
+    assert parts(torch.bfloat16, **lora) == [2 * n, 4 * adapter, 0, 8 * adapter]
+
+
+def test_what_a_gguf_model_takes_is_estimated_from_its_header(config, tmp_path):
+    file = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_block_count(2)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_context_length(512)
+    writer.add_vocab_size(300)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    mine = config(model=str(file), device_bytes=100_000, dtype="float32")
+    with pytest.raises(ConfigError, match=r"its device, which has 0\.00 GiB: weights"):
+        require_memory(mine, torch.device("cpu"))
+    named = config(dtype="float32")
+    theirs = estimate(named, _shape(named.model), torch.float32, torch.device("cpu"))
+    ours = estimate(mine, _shape(mine.model), torch.float32, torch.device("cpu"))
+    assert {name: ours[name] for name in ("state", "activations", "logits")} == {
+        name: theirs[name] for name in ("state", "activations", "logits")
+    }
+    assert 0.6 < ours["weights"] / theirs["weights"] <= 1
 
 
 @pytest.mark.parametrize("checkpoint_layers", [True, False])
@@ -222,7 +341,7 @@ def test_the_estimate_of_what_graphs_hold_is_near_what_they_hold(config, checkpo
     alone = Alone(config(dtype="float32", checkpoint_layers=checkpoint_layers, k=0))
     stream = TrainingStream("long", torch.arange(128) % 250)
     with Saved() as saved:
-        alone.run.trainer.loss_and_grad(stream, 127)
+        alone.run.learner.loss_and_grad(stream, 127, 0)
     shape = _shape(alone.run.config.model)
     parts = estimate(alone.run.config, shape, torch.float32, torch.device("cpu"))
     # Weights are held by graphs, too, and aren't theirs.
@@ -244,3 +363,35 @@ def test_rates_rise_and_fall():
 def test_tensorboard_has_the_curve(config):
     Alone(config(steps=2)).run.train()
     assert [p for p in Path(config().folder / "tensorboard").iterdir() if p.stat().st_size > 100]
+
+
+TRACKER = """
+said = []
+def set_tracking_uri(uri): said.append(uri)
+def set_experiment(name): pass
+def start_run(run_name, tags): said.append(run_name)
+def log_metrics(metrics, step): said.append((step, metrics))
+def end_run(): said.append("ended")
+def init(name, dir, **more): return start_run(name, {}) or Run()
+class Run:
+    def log(self, metrics, step): log_metrics(metrics, step)
+    def finish(self): end_run()
+"""
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_trackers_have_the_curve(config, name, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValidationError, match=f"{name} isn't installed"):
+        config(metrics={"trackers": [name]})
+    (tmp_path / f"{name}.py").write_text(TRACKER)
+    importlib.invalidate_caches()
+    tracked = config(steps=2, metrics={"trackers": [name]})
+    Alone(tracked).run.train()
+    said = sys.modules.pop(name).said
+    assert said[-1] == "ended"
+    tracked_losses = [(each[0], each[1]["loss"]) for each in said if isinstance(each, tuple) and "loss" in each[1]]
+    assert tracked_losses == [(line["step"], line["loss"]) for line in curve(tracked) if "loss" in line]
+    if name == "mlflow":
+        assert said[0] == f"sqlite:///{tracked.storage}/mlflow.db"
