@@ -58,7 +58,8 @@ class Service:
     def ask(self, session: str, tokens: int, begun: threading.Event | None = None) -> str:
         """An answer's text. Raises RuntimeError if it breaks off."""
         question = {"role": "user", "content": "What is this text about?"}
-        wanted = {"model": "smollm2-135m-instruct", "session_id": session, "stream": True, "max_tokens": tokens}
+        wanted = {"model": "smollm2-135m-instruct", "session_id": session, "max_tokens": tokens}
+        wanted |= {"stream": True, "temperature": 0}
         text = ""
         with self.call("POST", "/v1/chat/completions", json=wanted | {"messages": [question]}, stream=True) as lines:
             for line in lines.iter_lines():
