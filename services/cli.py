@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("file", metavar="FILE", help="a UTF-8 text; - for standard input")
     ask.add_argument("questions", metavar="QUESTION", nargs="+", help="one or more, asked in turn")
     ask.add_argument("--address", help="a running service, HOST:PORT; default: one that is started for this call")
+    ask.add_argument("--ca", type=Path, metavar="PEM", help="the service speaks TLS; whom to trust for it")
     ask.add_argument("--figures", type=Path, metavar="JSON", help="write the figures to a file, too")
     _add_service_options(ask)
     sampling = ask.add_argument_group("sampling")
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=int)
     sampling.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before it; repeatable")
     ask.set_defaults(run=_ask)
+
+    token = commands.add_parser("token", help="a new bearer token for a tenant, and its hash for the tenants' file")
+    token.set_defaults(run=_token)
 
     heads = commands.add_parser("heads", help="find the cells of a model that choose what is retrieved")
     heads.add_argument("model", metavar="MODEL", help="smollm2-135m-instruct, a directory, a .gguf file, or a hub id")
@@ -146,7 +150,8 @@ def _serve(options: argparse.Namespace) -> int:
 
     config = _config(options, grpc_port=options.grpc_port, http_port=options.http_port)
     with local_service(config) as address:
-        print(f"segcore serves {config.model} over gRPC at {address}; press Ctrl-C to stop", flush=True)
+        page = f"{'http' if config.tls_key is None else 'https'}://{config.host}:{config.http_port}"
+        print(f"segcore serves {config.model} over gRPC at {address}, a page at {page}; Ctrl-C stops it", flush=True)
         stop = threading.Event()
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, lambda *_: stop.set())
@@ -169,8 +174,16 @@ def _ask(options: argparse.Namespace) -> int:
         if address is None:
             print("Starting a service for this call ...", file=sys.stderr)
             address = stack.enter_context(local_service(_config(options, grpc_port=0, http_port=0)))
-        client = stack.enter_context(Client(address))
+        client = stack.enter_context(Client(address, token=os.environ.get("SEGCORE_TOKEN"), ca=options.ca or False))
         ask(client, source, size, options.questions, params, options.figures)
+    return 0
+
+
+def _token(_options: argparse.Namespace) -> int:
+    from services.serving.tenants import new_token, token_hash
+
+    token = new_token()
+    print(f"token: {token}\nhash: {token_hash(token)}")
     return 0
 
 

@@ -125,7 +125,7 @@ class Engine:
         with self._changed:
             self._check_new(session_id)
             past = self._past.open_stream(self._runner.policy.layout, tenant)
-            self._add(Session(session_id, past, State([]), parked=self._blank))
+            self._add(Session(session_id, past, State([]), tenant, parked=self._blank))
 
     def close(self, session_id: str) -> None:
         """End a stream and let go of all it holds. Work under way is cancelled. Raises NotFound."""
@@ -201,7 +201,7 @@ class Engine:
         with self._changed:
             session = self._at_rest(session_id)
             self._check_new(new_id)
-            self._continue(new_id, self._snapshot(session), session.past.fork())
+            self._continue(new_id, self._snapshot(session), session.past.fork(), session.tenant)
 
     def snapshot(self, session_id: str) -> bytes:
         """The session as bytes, for `restore` here or in another process. Blocks of past KV aren't in it: they are
@@ -222,7 +222,7 @@ class Engine:
             if past.root != snapshot.root:
                 raise BlockMismatch("the snapshot is another tenant's", fields="tenant")
             past.journal = snapshot.journal
-            self._continue(session_id, snapshot, past)
+            self._continue(session_id, snapshot, past, tenant)
 
     def replay(self, session_id: str, tokens: Sequence[int], stops: Sequence[int], *, tenant: str = "") -> None:
         """Open a session that continues a stream of which nothing is left but its tokens; stops: see `journal_of`.
@@ -238,7 +238,8 @@ class Engine:
         keys = [] if self.past_layout is None else block_keys(journal, past.root, size)
         rest = deque(tokens[len(journal.tokens) :])
         # Tiers may be slow, so the engine goes on meanwhile.
-        session, state = self._continued(session_id, Snapshot(past.root, journal, tuple(keys), rest, (), None), past)
+        snapshot = Snapshot(past.root, journal, tuple(keys), rest, (), None)
+        session, state = self._continued(session_id, snapshot, past, tenant)
         with self._changed:
             try:
                 self._check_new(session_id)
@@ -375,14 +376,14 @@ class Engine:
         past = session.past
         return Snapshot(past.root, past.journal.copy(), past.keys, session.pending.copy(), marks, tensors)
 
-    def _continue(self, session_id: str, snapshot: Snapshot, past: SessionPast) -> None:
-        session, state = self._continued(session_id, snapshot, past)
+    def _continue(self, session_id: str, snapshot: Snapshot, past: SessionPast, tenant: str) -> None:
+        session, state = self._continued(session_id, snapshot, past, tenant)
         self._place(session, state)
         self._add(session)
 
-    def _continued(self, session_id: str, snapshot: Snapshot, past: SessionPast) -> tuple[Session, State]:
+    def _continued(self, session_id: str, snapshot: Snapshot, past: SessionPast, tenant: str) -> tuple[Session, State]:
         """A new session that continues a snapshot, and its state; what `past` holds is let go of if that fails."""
-        session = Session(session_id, past, State([]), pending=snapshot.pending)
+        session = Session(session_id, past, State([]), tenant, pending=snapshot.pending)
         session.appended = len(past.journal.tokens) + len(session.pending)
         session.controls.extend((position, Mark()) for position in snapshot.marks)
         try:

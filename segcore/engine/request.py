@@ -61,13 +61,14 @@ class Session:
     The journal holds the tokens that were begun; `pending` those after them. A session whose state lags behind its
     journal replays it. A control at position p acts when exactly p tokens are done: it holds back the tokens after it.
 
-    appended: tokens of the stream, done or not. parked: the state's tensors in host memory, while the session has no
-    slot on the device.
+    tenant: whose it is; tenants take turns. appended: tokens of the stream, done or not. parked: the state's tensors in
+    host memory, while the session has no slot on the device.
     """
 
     id: str
     past: SessionPast
     state: State
+    tenant: str = ""
     appended: int = 0
     pending: deque[int] = field(default_factory=deque)
     controls: deque[tuple[int, Flush | Mark | Generation]] = field(default_factory=deque)

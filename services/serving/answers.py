@@ -178,7 +178,7 @@ class Answers:
             await self._write_parts(live, answer)
         except SegcoreError as error:
             live.trusted = False  # tokens may have been made that aren't written down
-            answer.parts.put_nowait(interrupted.result() if interrupted.done() else error)
+            answer.parts.put_nowait(interrupted.result() if interrupted.done() else live.ending or error)
         except BaseException:
             live.trusted = False
             raise

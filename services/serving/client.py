@@ -37,13 +37,26 @@ T = TypeVar("T")
 
 _OPTIONS = [("grpc.keepalive_time_ms", 30_000), ("grpc.max_receive_message_length", 16 * 2**20)]
 _RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0, 6.0)
+_IMPORT_BYTES = 2**20
 
 
 class AsyncClient:
     """Talks to one service. All calls raise SegcoreError; those that can be repeated safely are, for some seconds."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        ca: Path | bool = False,
+        certificate: tuple[Path, Path] | None = None,
+    ) -> None:
+        """token: a tenant's bearer token. ca: with TLS; the authority's certificate, True for those the system trusts.
+
+        certificate: the client's own, and its key, where the service asks for one.
+        """
+        self._channel = _channel(address, ca, certificate)
+        self._who = () if token is None else (("authorization", f"Bearer {token}"),)
         self._sessions = stubs.SessionServiceStub(self._channel)
         self._documents = stubs.DocumentServiceStub(self._channel)
         self._generation = stubs.GenerationServiceStub(self._channel)
@@ -58,33 +71,100 @@ class AsyncClient:
     async def close(self) -> None:
         await self._channel.close()
 
+    def _route(self, session_id: str) -> tuple[tuple[str, str], ...]:
+        """The metadata by which a session's calls are routed, and that say who calls."""
+        return (("session_id", session_id), *self._who)
+
     async def server_info(self) -> pb.GetServerInfoResponse:
         with _errors():
-            response: pb.GetServerInfoResponse = await self._info.GetServerInfo(pb.GetServerInfoRequest())
+            response: pb.GetServerInfoResponse = await self._info.GetServerInfo(
+                pb.GetServerInfoRequest(), metadata=self._who
+            )
         return response
 
-    async def create_session(self, session_id: str | None = None, *, model: str = "") -> SessionInfo:
-        """Begin a session, under a name of the caller's or a new one."""
+    async def create_session(
+        self, session_id: str | None = None, *, model: str = "", ttl_s: float | None = None
+    ) -> SessionInfo:
+        """Begin a session, under a name of the caller's or a new one. ttl_s: how long it outlives its last call."""
         name = session_id or uuid.uuid4().hex
-        with _errors():
-            request = pb.CreateSessionRequest(session_id=name, model=model)
-            response = await self._sessions.CreateSession(request, metadata=_route(name))
+        request = pb.CreateSessionRequest(
+            session_id=name, model=model, ttl=codec.duration(ttl_s), request_id=uuid.uuid4().hex
+        )
+        response = await _retried(lambda: self._sessions.CreateSession(request, metadata=self._route(name)))
         return codec.session_from(response.session)
 
     async def get_session(self, session_id: str) -> SessionInfo:
         request = pb.GetSessionRequest(session_id=session_id)
-        response = await _retried(lambda: self._sessions.GetSession(request, metadata=_route(session_id)))
+        response = await _retried(lambda: self._sessions.GetSession(request, metadata=self._route(session_id)))
         return codec.session_from(response.session)
 
-    async def delete_session(self, session_id: str) -> None:
+    async def list_sessions(self) -> AsyncIterator[SessionInfo]:
+        """All sessions, in the order of their ids."""
+        token = ""
+        while True:
+            request = pb.ListSessionsRequest(page_token=token)
+            response = await _retried(lambda request=request: self._sessions.ListSessions(request))  # type: ignore[misc]
+            for session in response.sessions:
+                yield codec.session_from(session)
+            token = response.next_page_token
+            if not token:
+                return
+
+    async def delete_session(self, session_id: str, *, expected_generation: int | None = None) -> None:
+        request = pb.DeleteSessionRequest(
+            session_id=session_id, expected_generation=expected_generation, request_id=uuid.uuid4().hex
+        )
+        await _retried(lambda: self._sessions.DeleteSession(request, metadata=self._route(session_id)))
+
+    async def fork_session(
+        self, session_id: str, new_session_id: str | None = None, *, expected_generation: int | None = None
+    ) -> SessionInfo:
+        """A second session that goes on from where this one stands."""
+        request = pb.ForkSessionRequest(
+            session_id=session_id,
+            new_session_id=new_session_id or uuid.uuid4().hex,
+            expected_generation=expected_generation,
+            request_id=uuid.uuid4().hex,
+        )
+        response = await _retried(lambda: self._sessions.ForkSession(request, metadata=self._route(session_id)))
+        return codec.session_from(response.session)
+
+    async def rewind_session(
+        self, session_id: str, tokens: int, *, expected_generation: int | None = None
+    ) -> SessionInfo:
+        """Go back to one of the session's `points`, or to 0; what came after is forgotten."""
+        request = pb.RewindSessionRequest(
+            session_id=session_id,
+            tokens=tokens,
+            expected_generation=expected_generation,
+            request_id=uuid.uuid4().hex,
+        )
+        response = await _retried(lambda: self._sessions.RewindSession(request, metadata=self._route(session_id)))
+        return codec.session_from(response.session)
+
+    async def export_session(self, session_id: str) -> bytes:
+        """The session as bytes: its texts and tokens."""
         with _errors():
-            await self._sessions.DeleteSession(
-                pb.DeleteSessionRequest(session_id=session_id), metadata=_route(session_id)
+            call = self._sessions.ExportSession(
+                pb.ExportSessionRequest(session_id=session_id), metadata=self._route(session_id)
             )
+            return b"".join([response.data async for response in call])
+
+    async def import_session(self, data: bytes, session_id: str | None = None) -> SessionInfo:
+        """A new session that goes on where an exported one stood."""
+        name, request_id = session_id or uuid.uuid4().hex, uuid.uuid4().hex
+
+        async def requests() -> AsyncIterator[pb.ImportSessionRequest]:
+            for start in range(0, len(data), _IMPORT_BYTES):
+                piece = data[start : start + _IMPORT_BYTES]
+                yield pb.ImportSessionRequest(session_id=name, request_id=request_id, data=piece)
+
+        response = await _retried(lambda: self._sessions.ImportSession(requests(), metadata=self._route(name)))
+        return codec.session_from(response.session)
 
     async def get_document(self, session_id: str, document_id: str) -> DocumentInfo:
         request = pb.GetDocumentRequest(session_id=session_id, document_id=document_id)
-        response = await _retried(lambda: self._documents.GetDocument(request, metadata=_route(session_id)))
+        response = await _retried(lambda: self._documents.GetDocument(request, metadata=self._route(session_id)))
         return codec.document_from(response.document)
 
     async def upload(
@@ -105,29 +185,53 @@ class AsyncClient:
             return await upload.run()
 
     async def generate(
-        self, session_id: str, question: str, params: SamplingParams | None = None
+        self,
+        session_id: str,
+        question: str,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        after_token: int = 0,
     ) -> AsyncIterator[AnswerPart]:
-        """Ask about what was uploaded; the answer's parts as they come. Closing the iterator ends the answer."""
-        sampling = codec.sampling_to(params or SamplingParams())
-        request = pb.GenerateRequest(session_id=session_id, question=question, sampling=sampling)
-        call = self._generation.Generate(request, metadata=_route(session_id))
-        try:
-            with _errors():
-                async for response in call:
-                    yield codec.answer_from(response)
-        finally:
-            if not call.done():
-                call.cancel()
-                await self.cancel_answer(session_id)
+        """Ask about what was uploaded; the answer's parts as they come. Closing the iterator ends the answer.
+
+        A stream that breaks is taken up where it broke. With a request_id, another client can do so, too, or read the
+        answer again: the part after `after_token` tokens.
+        """
+        request = pb.GenerateRequest(
+            session_id=session_id,
+            question=question,
+            sampling=codec.sampling_to(params or SamplingParams()),
+            request_id=request_id or uuid.uuid4().hex,
+            after_token=after_token,
+        )
+        patience = _Patience()
+        while True:
+            call = self._generation.Generate(request, metadata=self._route(session_id))
+            try:
+                with _errors():
+                    async for response in call:
+                        if response.token_index or response.HasField(
+                            "usage"
+                        ):  # else it only carries a failure's status
+                            patience, request.after_token = _Patience(), response.token_index
+                            yield codec.answer_from(response)
+                return
+            except SegcoreError as error:
+                await patience.wait(error)
+            finally:
+                if not call.done():
+                    call.cancel()
+                    await self.cancel_answer(session_id)
 
     async def cancel_answer(self, session_id: str) -> None:
         """End the session's answer, if it is answering: this client's, or that of one that is gone."""
         request = pb.CancelAnswerRequest(session_id=session_id)
-        await _retried(lambda: self._generation.CancelAnswer(request, metadata=_route(session_id)))
+        await _retried(lambda: self._generation.CancelAnswer(request, metadata=self._route(session_id)))
 
     def open_upload(self, session_id: str) -> Any:
         """The bare bidirectional call, for those who speak the protocol themselves."""
-        return self._documents.UploadDocument(metadata=_route(session_id))
+        return self._documents.UploadDocument(metadata=self._route(session_id))
 
 
 class _Upload:
@@ -147,18 +251,15 @@ class _Upload:
         self._acknowledged = asyncio.Event()
 
     async def run(self) -> UploadAck:
-        waits = iter(_RETRY_SECONDS)
+        patience = _Patience()
         while True:
             before = self._committed
             try:
                 return await self._attempt()
-            except Unavailable:
+            except SegcoreError as error:
                 if self._committed > before:  # it went on meanwhile: a new fault, with patience of its own
-                    waits = iter(_RETRY_SECONDS)
-                wait = next(waits, None)
-                if wait is None:
-                    raise
-                await asyncio.sleep(wait)
+                    patience = _Patience()
+                await patience.wait(error)
 
     async def _attempt(self) -> UploadAck:
         call = self._client.open_upload(self._session_id)
@@ -250,11 +351,12 @@ class _Upload:
 class Client:
     """`AsyncClient` for code that isn't asynchronous: the same calls, run on a loop in a thread of its own."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, **options: Any) -> None:
+        """options: those of AsyncClient."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="segcore-client", daemon=True)
         self._thread.start()
-        self._client = self._run(_made(lambda: AsyncClient(address)))
+        self._client = self._run(_made(lambda: AsyncClient(address, **options)))
 
     def __enter__(self) -> Self:
         return self
@@ -271,14 +373,35 @@ class Client:
     def server_info(self) -> pb.GetServerInfoResponse:
         return self._run(self._client.server_info())
 
-    def create_session(self, session_id: str | None = None, *, model: str = "") -> SessionInfo:
-        return self._run(self._client.create_session(session_id, model=model))
+    def create_session(
+        self, session_id: str | None = None, *, model: str = "", ttl_s: float | None = None
+    ) -> SessionInfo:
+        return self._run(self._client.create_session(session_id, model=model, ttl_s=ttl_s))
 
     def get_session(self, session_id: str) -> SessionInfo:
         return self._run(self._client.get_session(session_id))
 
-    def delete_session(self, session_id: str) -> None:
-        self._run(self._client.delete_session(session_id))
+    def list_sessions(self) -> Iterator[SessionInfo]:
+        sessions = self._client.list_sessions()
+        while (session := self._run(_next_or_none(sessions))) is not None:
+            yield session
+
+    def delete_session(self, session_id: str, *, expected_generation: int | None = None) -> None:
+        self._run(self._client.delete_session(session_id, expected_generation=expected_generation))
+
+    def fork_session(
+        self, session_id: str, new_session_id: str | None = None, *, expected_generation: int | None = None
+    ) -> SessionInfo:
+        return self._run(self._client.fork_session(session_id, new_session_id, expected_generation=expected_generation))
+
+    def rewind_session(self, session_id: str, tokens: int, *, expected_generation: int | None = None) -> SessionInfo:
+        return self._run(self._client.rewind_session(session_id, tokens, expected_generation=expected_generation))
+
+    def export_session(self, session_id: str) -> bytes:
+        return self._run(self._client.export_session(session_id))
+
+    def import_session(self, data: bytes, session_id: str | None = None) -> SessionInfo:
+        return self._run(self._client.import_session(data, session_id))
 
     def get_document(self, session_id: str, document_id: str) -> DocumentInfo:
         return self._run(self._client.get_document(session_id, document_id))
@@ -293,8 +416,16 @@ class Client:
     ) -> UploadAck:
         return self._run(self._client.upload(session_id, source, document_id=document_id, on_progress=on_progress))
 
-    def generate(self, session_id: str, question: str, params: SamplingParams | None = None) -> Iterator[AnswerPart]:
-        parts = self._client.generate(session_id, question, params)
+    def generate(
+        self,
+        session_id: str,
+        question: str,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        after_token: int = 0,
+    ) -> Iterator[AnswerPart]:
+        parts = self._client.generate(session_id, question, params, request_id=request_id, after_token=after_token)
         try:
             while (part := self._run(_next_or_none(parts))) is not None:
                 yield part
@@ -321,19 +452,33 @@ async def _made(make: Callable[[], T]) -> T:
     return make()
 
 
-async def _next_or_none(parts: AsyncIterator[AnswerPart]) -> AnswerPart | None:
+async def _next_or_none(parts: AsyncIterator[T]) -> T | None:
     return await anext(parts, None)
 
 
+class _Patience:
+    """Pauses between tries, as the service asks for, or ever longer."""
+
+    def __init__(self) -> None:
+        self._pauses = iter(_RETRY_SECONDS)
+
+    async def wait(self, error: SegcoreError) -> None:
+        """Pause before the next try; raises the error if there is to be none."""
+        asked = error.details.get("retry_after_s")
+        pause = next(self._pauses, None) if isinstance(error, Unavailable) or asked is not None else None
+        if pause is None:
+            raise error
+        await asyncio.sleep(pause if asked is None else min(max(float(asked), pause), _RETRY_SECONDS[-1]))
+
+
 async def _retried(call: Callable[[], Awaitable[T]]) -> T:
-    for wait in _RETRY_SECONDS:
+    patience = _Patience()
+    while True:
         try:
             with _errors():
                 return await call()
-        except Unavailable:
-            await asyncio.sleep(wait)
-    with _errors():
-        return await call()
+        except SegcoreError as error:
+            await patience.wait(error)
 
 
 async def _ended_early(call: Any) -> SegcoreError:
@@ -365,6 +510,9 @@ def _reading(source: Source) -> Iterator[BinaryIO]:
         yield source
 
 
-def _route(session_id: str) -> tuple[tuple[str, str], ...]:
-    """The metadata by which Serve routes a session's calls."""
-    return (("session_id", session_id),)
+def _channel(address: str, ca: Path | bool, certificate: tuple[Path, Path] | None) -> grpc.aio.Channel:
+    if not ca:
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    chain, key = (None, None) if certificate is None else (file.read_bytes() for file in certificate)
+    authority = ca.read_bytes() if isinstance(ca, Path) else None
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(authority, key, chain), options=_OPTIONS)

@@ -104,6 +104,7 @@ class ServeConfig(BaseModel):
     max_session_tokens: int = Field(default=10_000_000, ge=1)
     max_document_bytes: int = Field(default=64 * MIB, ge=1)
     max_data_bytes: int = Field(default=1 * MIB, ge=1, le=3 * MIB)
+    max_import_bytes: int = Field(default=256 * MIB, ge=1)
     window_bytes: int = Field(default=8 * KIB, ge=KIB)
 
     @model_validator(mode="after")

@@ -118,7 +118,7 @@ class Listener:
         """Tell health checks whether engines answer, and take up a renewed certificate."""
         status = health_pb2.HealthCheckResponse.SERVING
         try:
-            await asyncio.wait_for(self._gate.info(), _ENGINE_SECONDS)
+            await asyncio.wait_for(self._gate.engines.info(), _ENGINE_SECONDS)
         except Exception as error:
             log.warning("no engine answers: %s", type(error).__name__)
             status = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
 from ray.serve import context as serve_context
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from segcore.errors import Busy, Cancelled, SegcoreError, Unavailable
+from segcore.errors import Busy, Cancelled, SegcoreError
 from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
+from services.serving.engines import Engines, as_segcore_error
 from services.serving.logs import log_fields
-from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck, check_name
+from services.serving.messages import AnswerPart, Prompt, UploadAck
 from services.serving.metrics import METER
 from services.serving.status import code_of
 from services.serving.tenants import OPEN, Quotas, Tenant, Tenants
@@ -30,7 +28,6 @@ from services.serving.tracing import span
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0, 6.0)
 
 
 @dataclass
@@ -48,7 +45,7 @@ class Gate:
     def __init__(self, engine: DeploymentHandle, config: ServeConfig) -> None:
         """Raises ConfigError for a tenants' file that can't be used."""
         # Answers come over gRPC, not through the object store: a fraction of the time for each part.
-        self._engine, self.config = engine.options(_by_reference=False), config
+        self.engines, self.config = Engines(engine.options(_by_reference=False), config), config
         self._tenants, self._quotas = Tenants(config.tenants), Quotas(config.fronts)
 
     def admit(self, authorization: str | None) -> Tenant:
@@ -73,7 +70,7 @@ class Gate:
                 call.tenant = self.admit(headers.get("authorization"))
                 yield call
             except Exception as error:
-                call.error = known_error(error)
+                call.error = as_segcore_error(error)
                 raise
             except BaseException:
                 call.error = Cancelled("the caller left")
@@ -90,97 +87,37 @@ class Gate:
         told = {"face": face, "method": method, "code": code, "seconds": round(seconds, 4), "tenant": call.tenant.name}
         log.info("call", extra={"fields": told})
 
-    async def info(self) -> ServerInfo:
-        info: ServerInfo = await self._engine.info.remote()
-        return info
-
-    def engine(self, session_id: str) -> DeploymentHandle:
-        """The engine that a session is routed to. Raises InvalidRequest for what can't be a session's name."""
-        check_name("session_id", session_id)
-        return self._engine.options(session_id=session_id)
-
-    async def append(self, tenant: Tenant, session_id: str, document_id: str, offset: int, data: bytes) -> UploadAck:
-        """Bytes of a document, within the tenant's limit. Raises Busy, and what the engine's `append` raises."""
-        self._quotas.take(tenant, "bytes", len(data))
-        METER.count("segcore_uploaded_bytes", len(data))
-        ack: UploadAck = await self.engine(session_id).append.remote(tenant.name, session_id, document_id, offset, data)
-        return ack
-
     async def check_sessions(self, tenant: Tenant) -> None:
         """Raise Busy if the tenant has as many sessions as it may."""
         if tenant.sessions is not None:
-            count = await self._engine.count.remote(tenant.name, tenant.sessions)
+            count = await self.engines.call("count", tenant.name, most=tenant.sessions)
             if count >= tenant.sessions:
                 raise Busy(f"all {tenant.sessions} sessions are in use; delete one")
 
+    async def append(
+        self, tenant: Tenant, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None
+    ) -> UploadAck:
+        """Bytes of a document, within the tenant's limit. Raises Busy, and what `Engines.append` raises."""
+        self._quotas.take(tenant, "bytes", len(data))
+        ack = await self.engines.append(tenant.name, session_id, document_id, offset, data, ends)
+        METER.count("segcore_uploaded_bytes", len(data))
+        return ack
+
     async def answer(
-        self, tenant: Tenant, session_id: str, question: str, params: SamplingParams
+        self, tenant: Tenant, session_id: str, question: str, params: SamplingParams, **options: Any
     ) -> AsyncGenerator[AnswerPart]:
-        """A session's answer, within the tenant's limit; if a replica goes away, another one goes on with it.
-
-        Closing the iterator ends the answer.
-        """
+        """A session's answer, within the tenant's limit; options: those of `Engines.generate`."""
         self._quotas.take(tenant, "tokens", 0)
-        engine, request_id, finished = self.engine(session_id), uuid.uuid4().hex, False
-        asked = (tenant.name, session_id, question, params)
-
-        def begin(after: int) -> Any:
-            return engine.options(stream=True).generate.remote(*asked, request_id=request_id, after=after)
-
-        try:
-            async with aclosing(_parts(begin)) as parts:
-                async for part in parts:
-                    self._quotas.charge(tenant, "tokens", part.answer_tokens)
-                    finished = part.finish_reason is not None
-                    yield part
-        finally:
-            if not finished:
-                with suppress(Exception):
-                    await engine.cancel_answer.remote(tenant.name, session_id)
+        answer = self.engines.generate(tenant.name, session_id, question, params, **options)
+        async with aclosing(answer) as parts:
+            async for part in parts:
+                self._quotas.charge(tenant, "tokens", part.answer_tokens)
+                yield part
 
     async def complete(self, tenant: Tenant, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[AnswerPart]:
-        """The answer to a prompt that stands for itself, as `answer`."""
+        """The answer to a prompt that stands for itself, within the tenant's limit."""
         self._quotas.take(tenant, "tokens", 0)
-
-        def begin(after: int) -> Any:
-            engine = self._engine.options(session_id=uuid.uuid4().hex, stream=True)
-            return engine.complete.remote(tenant.name, prompt, params, after)
-
-        async with aclosing(_parts(begin)) as parts:
+        async with aclosing(self.engines.complete(tenant.name, prompt, params)) as parts:
             async for part in parts:
                 self._quotas.charge(tenant, "tokens", part.prompt_tokens + part.answer_tokens)
                 yield part
-
-
-async def _parts(begin: Callable[[int], Any]) -> AsyncGenerator[AnswerPart]:
-    """An answer's parts, taken up again where a replica left it.
-
-    begin: asks for what comes after so many tokens. Raises Unavailable when nothing has come for some attempts.
-    """
-    after, waits, finished = 0, iter(_RETRY_SECONDS), False
-    while not finished:
-        response = begin(after)
-        try:
-            async for part in response:
-                yield part
-                after, waits = part.token_index, iter(_RETRY_SECONDS)
-                finished = part.finish_reason is not None
-        except Exception as error:
-            wait = next(waits, None) if isinstance(known_error(error), Unavailable) else None
-            if wait is None or finished:
-                raise
-            await asyncio.sleep(wait)
-        finally:
-            response.cancel()  # ends the answer if the caller went away; no effect once it has ended
-
-
-def known_error(error: Exception) -> SegcoreError:
-    """What a client is told of an error: ours as they are, of others nothing but that there was one."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, SegcoreError):
-        return cause
-    if isinstance(cause, (RayError, RayServeException)):
-        log.warning("engine unreachable: %s", cause)
-        return Unavailable("the replica that holds the session isn't reachable; try again")
-    log.exception("request failed", exc_info=error)
-    return SegcoreError("an internal error; the service's log has it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import uuid
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -14,11 +14,12 @@ from ray.serve.handle import DeploymentHandle
 
 from protos.gen.segcore.v1 import segcore_pb2 as pb
 from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
-from segcore.errors import InvalidRequest
+from segcore.errors import InvalidRequest, LimitExceeded
 from services.serving import codec
 from services.serving.config import ServeConfig
-from services.serving.gate import Gate, known_error
-from services.serving.messages import check_name
+from services.serving.engines import as_segcore_error
+from services.serving.gate import Gate
+from services.serving.messages import check_name, session_id_for
 from services.serving.status import code_of, trailers_of
 from services.serving.tenants import Tenant
 
@@ -81,7 +82,7 @@ def _streaming(response: type[Any]) -> Callable[[Any], Any]:
 
 
 def _set_status(context: RayServegRPCContext, error: Exception) -> None:
-    known = known_error(error)
+    known = as_segcore_error(error)
     context.set_code(code_of(known))
     context.set_details(known.message)
     context.set_trailing_metadata(trailers_of(known))
@@ -96,38 +97,90 @@ class Ingress:
 
     def __init__(self, engine: DeploymentHandle, config: ServeConfig) -> None:
         self._gate = Gate(engine, config)
+        self._engines, self._config = self._gate.engines, config
 
     @_unary(pb.GetServerInfoResponse)
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, call: Call) -> pb.GetServerInfoResponse:
-        info = await self._gate.info()
+        info = await self._engines.info()
         return pb.GetServerInfoResponse(schema_revision=codec.SCHEMA_REVISION, **dataclasses.asdict(info))
 
     @_unary(pb.CreateSessionResponse)
     async def CreateSession(self, request: pb.CreateSessionRequest, call: Call) -> pb.CreateSessionResponse:
-        session_id = request.session_id or call.metadata("session_id") or uuid.uuid4().hex
+        session_id = request.session_id or call.metadata("session_id") or session_id_for(request.request_id)
         await self._gate.check_sessions(call.tenant)
-        info = await self._at(session_id, call).create.remote(call.tenant.name, session_id, request.model)
+        where, ttl_s = _checked(session_id, call), codec.seconds_from(request, "ttl")
+        info = await self._engines.call("create", *where, request.model, ttl_s=ttl_s, request_id=request.request_id)
         return pb.CreateSessionResponse(session=codec.session_to(info))
 
     @_unary(pb.GetSessionResponse)
     async def GetSession(self, request: pb.GetSessionRequest, call: Call) -> pb.GetSessionResponse:
-        info = await self._at(request.session_id, call).get.remote(call.tenant.name, request.session_id)
+        info = await self._engines.call("get", *_checked(request.session_id, call))
         return pb.GetSessionResponse(session=codec.session_to(info))
+
+    @_unary(pb.ListSessionsResponse)
+    async def ListSessions(self, request: pb.ListSessionsRequest, call: Call) -> pb.ListSessionsResponse:
+        page = await self._engines.call(
+            "list_sessions", call.tenant.name, page_size=request.page_size, page_token=request.page_token
+        )
+        sessions = [codec.session_to(info) for info in page.sessions]
+        return pb.ListSessionsResponse(sessions=sessions, next_page_token=page.next_page_token)
 
     @_unary(pb.DeleteSessionResponse)
     async def DeleteSession(self, request: pb.DeleteSessionRequest, call: Call) -> pb.DeleteSessionResponse:
-        await self._at(request.session_id, call).delete.remote(call.tenant.name, request.session_id)
+        await self._engines.call("delete", *_checked(request.session_id, call), **codec.options_from(request))
         return pb.DeleteSessionResponse()
+
+    @_unary(pb.ForkSessionResponse)
+    async def ForkSession(self, request: pb.ForkSessionRequest, call: Call) -> pb.ForkSessionResponse:
+        where = _checked(request.session_id, call)
+        await self._gate.check_sessions(call.tenant)
+        new_id = request.new_session_id or session_id_for(request.request_id)
+        info = await self._engines.call("fork", *where, new_id, **codec.options_from(request))
+        return pb.ForkSessionResponse(session=codec.session_to(info))
+
+    @_unary(pb.RewindSessionResponse)
+    async def RewindSession(self, request: pb.RewindSessionRequest, call: Call) -> pb.RewindSessionResponse:
+        where = _checked(request.session_id, call)
+        info = await self._engines.call("rewind", *where, request.tokens, **codec.options_from(request))
+        return pb.RewindSessionResponse(session=codec.session_to(info))
+
+    @_streaming(pb.ExportSessionResponse)
+    async def ExportSession(
+        self, request: pb.ExportSessionRequest, call: Call
+    ) -> AsyncGenerator[pb.ExportSessionResponse]:
+        async for data in self._engines.export(*_checked(request.session_id, call)):
+            yield pb.ExportSessionResponse(data=data)
+
+    @_unary(pb.ImportSessionResponse)
+    async def ImportSession(
+        self, requests: gRPCInputStream[pb.ImportSessionRequest], call: Call
+    ) -> pb.ImportSessionResponse:
+        first: pb.ImportSessionRequest | None = None
+        data = bytearray()
+        async for request in requests:
+            first = first or request
+            data += request.data
+            if len(data) > self._config.max_import_bytes:
+                raise LimitExceeded(
+                    f"an import may have at most {self._config.max_import_bytes} bytes here",
+                    max_import_bytes=self._config.max_import_bytes,
+                )
+        first = first or pb.ImportSessionRequest()
+        session_id = first.session_id or call.metadata("session_id") or session_id_for(first.request_id)
+        where = _checked(session_id, call)
+        await self._gate.check_sessions(call.tenant)
+        info = await self._engines.call("import_session", *where, bytes(data), request_id=first.request_id)
+        return pb.ImportSessionResponse(session=codec.session_to(info))
 
     @_unary(pb.GetDocumentResponse)
     async def GetDocument(self, request: pb.GetDocumentRequest, call: Call) -> pb.GetDocumentResponse:
-        engine = self._at(request.session_id, call)
-        info = await engine.get_document.remote(call.tenant.name, request.session_id, request.document_id)
-        return pb.GetDocumentResponse(document=codec.document_to(info), window_bytes=self._gate.config.window_bytes)
+        where = _checked(request.session_id, call)
+        info = await self._engines.call("get_document", *where, request.document_id)
+        return pb.GetDocumentResponse(document=codec.document_to(info), window_bytes=self._config.window_bytes)
 
     @_unary(pb.CancelAnswerResponse)
     async def CancelAnswer(self, request: pb.CancelAnswerRequest, call: Call) -> pb.CancelAnswerResponse:
-        await self._at(request.session_id, call).cancel_answer.remote(call.tenant.name, request.session_id)
+        await self._engines.call("cancel_answer", *_checked(request.session_id, call))
         return pb.CancelAnswerResponse()
 
     @_streaming(pb.UploadDocumentResponse)
@@ -136,41 +189,46 @@ class Ingress:
     ) -> AsyncGenerator[pb.UploadDocumentResponse]:
         """One response per request. A stream that ends without a finish leaves the document open."""
         header: pb.DocumentHeader | None = None
+        ends: float | None = None
         async for request in requests:
             kind = request.WhichOneof("message")
             if kind is None or (kind == "header") != (header is None):
                 raise InvalidRequest("an upload is one header, then data, then a finish", field=kind or "message")
             header = header or request.header
-            engine = self._at(header.session_id, call)
-            where = (call.tenant.name, header.session_id, header.document_id)
+            where = (*_checked(header.session_id, call), header.document_id)
             if kind == "header":
+                timeout_s = codec.seconds_from(header, "timeout")
+                ends = None if timeout_s is None else time.monotonic() + timeout_s
                 total = header.total_bytes if header.HasField("total_bytes") else None
-                ack = await engine.open_document.remote(*where, total)
+                ack = await self._engines.call("open_document", *where, total, **codec.options_from(header))
             elif kind == "data":
-                ack = await self._gate.append(
-                    call.tenant, header.session_id, header.document_id, request.data.offset, request.data.data
-                )
+                ack = await self._gate.append(call.tenant, *where[1:], request.data.offset, request.data.data, ends)
             else:
-                ack = await engine.finish.remote(*where, request.finish.total_bytes, request.finish.sha256)
-            yield codec.ack_to(ack, self._gate.config.window_bytes)
+                ack = await self._engines.finish(*where, request.finish.total_bytes, request.finish.sha256, ends)
+            yield codec.ack_to(ack, self._config.window_bytes)
             if ack.finished:
                 return
 
     @_streaming(pb.GenerateResponse)
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> AsyncGenerator[pb.GenerateResponse]:
         params = codec.sampling_from(request.sampling)
-        self._at(request.session_id, call)
-        async with aclosing(self._gate.answer(call.tenant, request.session_id, request.question, params)) as parts:
+        where = _checked(request.session_id, call)
+        options = codec.options_from(request) | {"timeout_s": codec.seconds_from(request, "timeout")}
+        answer = self._gate.answer(
+            call.tenant, where[1], request.question, params, after=request.after_token, **options
+        )
+        async with aclosing(answer) as parts:
             async for part in parts:
                 yield codec.answer_to(part)
 
-    def _at(self, session_id: str, call: Call) -> DeploymentHandle:
-        """The gate's `engine`; raises InvalidRequest also if the metadata names another session."""
-        check_name("session_id", session_id)
-        routed = call.metadata("session_id")
-        if routed is not None and routed != session_id:
-            raise InvalidRequest(
-                f"the metadata's session_id is {routed[:80]!r}, the message's {session_id!r}; send the same",
-                field="session_id",
-            )
-        return self._gate.engine(session_id)
+
+def _checked(session_id: str, call: Call) -> tuple[str, str]:
+    """Tenant and session of a call. Raises InvalidRequest if the metadata names another session."""
+    check_name("session_id", session_id)
+    routed = call.metadata("session_id")
+    if routed is not None and routed != session_id:
+        raise InvalidRequest(
+            f"the metadata's session_id is {routed[:80]!r}, the message's {session_id!r}; send the same",
+            field="session_id",
+        )
+    return call.tenant.name, session_id

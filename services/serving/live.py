@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 import time
 import uuid
 from array import array
@@ -53,7 +55,7 @@ class Live:
     lease, generation, entries, record, tokens: as the directory has them, if `trusted`. tokens: the stream's length.
     given: tokens of the open answer. resident: the engine has the session, too; encoder, digest: then, of the open
     document. answer: that which is made just now. interrupted: done when long work must end.
-    sure_until: when the lease may be over, by this machine's clock.
+    sure_until: when the lease may be over, by this machine's clock. ending: why, if it is being deleted.
     """
 
     name: Name
@@ -73,6 +75,7 @@ class Live:
     digest: Any = field(default_factory=sha256)
     answer: Answer | None = None
     sure_until: float = 0.0
+    ending: SegcoreError | None = None
 
     @property
     def key(self) -> str:
@@ -104,7 +107,7 @@ class Lives:
 
     def __init__(self, model: LoadedModel, engine: Engine, directory: Directory, config: ServeConfig) -> None:
         self._model, self._engine, self._config = model, engine, config
-        self.directory, self.owner = directory, uuid.uuid4().hex
+        self.directory, self.owner = directory, f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
         self._fingerprint = asdict(engine.fingerprint)
         self._lives: dict[Name, Live] = {}
         self._loading: set[Name] = set()
@@ -188,15 +191,24 @@ class Lives:
             with suppress(NotFound):
                 await asyncio.to_thread(self._engine.close, live.key)
 
-    async def forget(self, name: Name) -> None:
-        """The session was deleted: end what is under way on it."""
-        live = self._lives.get(name)
+    @asynccontextmanager
+    async def ending(self, name: Name) -> AsyncIterator[None]:
+        """The session is deleted within, which ends what is under way on it."""
+        live, why = self._lives.get(name), Cancelled(f"session {name.session_id!r} was deleted")
+        if live is not None:
+            live.ending = why
+        try:
+            yield
+        except BaseException:
+            if live is not None:
+                live.ending = None
+            raise
         if live is not None:
             live.trusted = False
-            live.interrupt(Cancelled(f"session {name.session_id!r} was deleted"))
+            live.interrupt(why)
             await self.let_go(live)
-            if not live.calls:
-                self._lives.pop(name, None)
+            if not live.calls and self._lives.get(name) is live:
+                del self._lives[name]
 
     async def drain(self) -> None:
         """Take no more calls, and end those under way: other replicas go on with them."""
@@ -232,7 +244,7 @@ class Lives:
             live.interrupted = _future()
         if live.trusted and (lease, stored.generation) == (live.lease, live.generation):
             return
-        live.trusted = False
+        live.trusted, live.ending = False, None
         await self.let_go(live)
         record = Record.read(stored.record)
         live.given = array("i")

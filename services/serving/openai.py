@@ -21,7 +21,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from segcore.errors import InvalidRequest, NotFound, SegcoreError
 from segcore.sampling import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from services.config_file import describe
-from services.serving.gate import Gate, known_error
+from services.serving.engines import as_segcore_error
+from services.serving.gate import Gate
 from services.serving.messages import AnswerPart, TokenLogprob
 from services.serving.tenants import Tenant
 from services.serving.weberror import body_of, read_body
@@ -132,7 +133,7 @@ class CompletionRequest(_Common):
 
 
 async def models(request: Request, gate: Gate, tenant: Tenant) -> Response:
-    return JSONResponse({"object": "list", "data": [_model((await gate.info()).model)]})
+    return JSONResponse({"object": "list", "data": [_model((await gate.engines.info()).model)]})
 
 
 async def model(request: Request, gate: Gate, tenant: Tenant) -> Response:
@@ -175,7 +176,7 @@ async def _read(request: Request, gate: Gate, kind: type[Any]) -> Any:
 
 
 async def _served(gate: Gate, name: str) -> str:
-    served = (await gate.info()).model
+    served = (await gate.engines.info()).model
     if name != served:
         raise NotFound(f"model {name[:200]!r} isn't served here; this service runs {served!r}", field="model")
     return served
@@ -327,7 +328,7 @@ async def _events(
     except SegcoreError as error:
         yield f"data: {json.dumps(body_of(error))}\n\n"
     except Exception as error:
-        yield f"data: {json.dumps(body_of(known_error(error)))}\n\n"
+        yield f"data: {json.dumps(body_of(as_segcore_error(error)))}\n\n"
 
 
 async def _next(parts: AsyncIterator[AnswerPart]) -> AnswerPart | None:

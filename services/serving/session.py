@@ -122,8 +122,8 @@ class Sessions:
             raise absent(name)
         remnant = Record(**record.model_dump(include={"model", "fingerprint", "create_time", "ttl_s", "requests"}))
         remnant.remember(request_id, Done(digest=digest))
-        await self._lives.run(self._directory.delete, name, remnant.to_bytes(), _REMNANT_S, expected_generation)
-        await self._lives.forget(name)
+        async with self._lives.ending(name):
+            await self._lives.run(self._directory.delete, name, remnant.to_bytes(), _REMNANT_S, expected_generation)
 
     async def fork(
         self,

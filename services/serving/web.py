@@ -15,7 +15,8 @@ from starlette.routing import Route
 
 from segcore.errors import InvalidRequest, NotFound, SegcoreError
 from services.serving import openai
-from services.serving.gate import Gate, known_error
+from services.serving.engines import as_segcore_error
+from services.serving.gate import Gate
 from services.serving.messages import UploadAck, check_name
 from services.serving.tenants import Tenant
 from services.serving.weberror import body_of, read_body, read_object, response_of
@@ -63,7 +64,7 @@ _FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 
 
 async def server(request: Request, gate: Gate, tenant: Tenant) -> Response:
-    return JSONResponse(dataclasses.asdict(await gate.info()))
+    return JSONResponse(dataclasses.asdict(await gate.engines.info()))
 
 
 async def create_session(request: Request, gate: Gate, tenant: Tenant) -> Response:
@@ -71,18 +72,18 @@ async def create_session(request: Request, gate: Gate, tenant: Tenant) -> Respon
     name = wanted.get("session_id") or uuid.uuid4().hex
     check_name("session_id", name)
     await gate.check_sessions(tenant)
-    info = await gate.engine(name).create.remote(tenant.name, name, wanted.get("model", ""))
+    info = await gate.engines.call("create", tenant.name, name, wanted.get("model", ""))
     return JSONResponse(dataclasses.asdict(info), 201)
 
 
 async def get_session(request: Request, gate: Gate, tenant: Tenant) -> Response:
     name = request.path_params["session_id"]
-    return JSONResponse(dataclasses.asdict(await gate.engine(name).get.remote(tenant.name, name)))
+    return JSONResponse(dataclasses.asdict(await gate.engines.call("get", tenant.name, name)))
 
 
 async def delete_session(request: Request, gate: Gate, tenant: Tenant) -> Response:
     name = request.path_params["session_id"]
-    await gate.engine(name).delete.remote(tenant.name, name)
+    await gate.engines.call("delete", tenant.name, name)
     return Response(status_code=204)
 
 
@@ -91,14 +92,14 @@ async def fork(request: Request, gate: Gate, tenant: Tenant) -> Response:
     new = (await read_object(request, {"session_id": str})).get("session_id") or uuid.uuid4().hex
     check_name("session_id", new)
     await gate.check_sessions(tenant)
-    info = await gate.engine(name).fork.remote(tenant.name, name, new)
+    info = await gate.engines.call("fork", tenant.name, name, new)
     return JSONResponse(dataclasses.asdict(info), 201)
 
 
 async def passages(request: Request, gate: Gate, tenant: Tenant) -> Response:
     """The parts of documents that were last chosen."""
     name = request.path_params["session_id"]
-    found = await gate.engine(name).passages.remote(tenant.name, name)
+    found = await gate.engines.call("passages", tenant.name, name)
     return JSONResponse({"passages": [dataclasses.asdict(passage) for passage in found]})
 
 
@@ -110,7 +111,7 @@ async def append(request: Request, gate: Gate, tenant: Tenant) -> Response:
         raise InvalidRequest("?offset= must be the document's committed offset, a whole number", field="offset")
     data = await read_body(request, gate.config.max_data_bytes)
     if offset == "0":
-        await gate.engine(session_id).open_document.remote(tenant.name, session_id, document_id, None)
+        await gate.engines.call("open_document", tenant.name, session_id, document_id, None)
     ack = await gate.append(tenant, session_id, document_id, int(offset), data)
     return JSONResponse(_ack(ack, gate))
 
@@ -122,8 +123,8 @@ async def finish(request: Request, gate: Gate, tenant: Tenant) -> Response:
         total, digest = said["total_bytes"], bytes.fromhex(said["sha256"])
     except (KeyError, ValueError):
         raise InvalidRequest("finish needs total_bytes and sha256, in hexadecimal", field="sha256") from None
-    engine = gate.engine(session_id)
-    return JSONResponse(_ack(await engine.finish.remote(tenant.name, session_id, document_id, total, digest), gate))
+    ack = await gate.engines.finish(tenant.name, session_id, document_id, total, digest)
+    return JSONResponse(_ack(ack, gate))
 
 
 def _ack(ack: UploadAck, gate: Gate) -> dict[str, object]:
@@ -141,7 +142,7 @@ def _admitted(endpoint: Endpoint, gate: Gate) -> Callable[[Request], Awaitable[R
         except ClientDisconnect:
             return Response(status_code=400)  # which nobody reads
         except Exception as error:
-            return response_of(known_error(error))
+            return response_of(as_segcore_error(error))
 
     return run
 
@@ -149,9 +150,9 @@ def _admitted(endpoint: Endpoint, gate: Gate) -> Callable[[Request], Awaitable[R
 def _health(gate: Gate) -> Callable[[Request], Awaitable[Response]]:
     async def health(request: Request) -> Response:
         try:
-            await gate.info()
+            await gate.engines.info()
         except Exception as error:
-            return response_of(known_error(error))
+            return response_of(as_segcore_error(error))
         return Response("ok", media_type="text/plain")
 
     return health

@@ -11,6 +11,7 @@ from services.serving.client import Client
 from services.serving.config import ServeConfig
 from services.serving.local import local_service
 from tests.conftest import SERVED_SEGMENT
+from tests.services.serving.fronts import free_port
 
 MAX_DOCUMENT_BYTES = 10_000
 MAX_SESSION_TOKENS = 14_000
@@ -27,8 +28,12 @@ def config(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> S
         chunk_tokens=64,
         replicas=2,
         grpc_port=0,
-        http_port=0,
+        http_port=free_port(),
+        serve_grpc_port=free_port(),
         past_directory=tmp_path_factory.mktemp("past-kv"),
+        past_shared=str(tmp_path_factory.mktemp("shared")),
+        sessions=str(tmp_path_factory.mktemp("sessions") / "sessions.sqlite"),
+        lease_s=2.0,
         max_sessions=12,
         max_session_tokens=MAX_SESSION_TOKENS,
         max_document_bytes=MAX_DOCUMENT_BYTES,

@@ -194,17 +194,16 @@ def test_a_stream_beyond_the_longest_session_is_refused(client, session):
     assert client.upload(session, "y" * committed, document_id="more").finished
 
 
-def test_too_many_sessions_are_refused_for_now(client):
-    opened: list[str] = []
-
-    def open_many() -> None:
-        opened.extend(client.create_session().session_id for _ in range(40))
-
-    with pytest.raises(errors.Busy, match="sessions are in use"):
-        open_many()
+def test_more_sessions_than_the_engines_hold(client, config):
+    """They wait in the directory, and are taken up again when they are asked."""
+    opened = [client.create_session().session_id for _ in range(2 * config.max_sessions + 4)]
+    for session in opened:
+        client.upload(session, "A good document.")
+    first = ask(client, opened[0])
+    assert all(ask(client, session) == first for session in opened[1:])
+    assert {info.session_id for info in client.list_sessions()} >= set(opened)
     for session in opened:
         client.delete_session(session)
-    client.delete_session(client.create_session().session_id)
 
 
 def test_a_question_waits_for_an_open_document(address, client, session):

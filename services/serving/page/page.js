@@ -92,9 +92,7 @@ async function upload(file) {
       offset = ack.committed_offset;
       progress(session, ack, offset, bytes.length);
     }
-    let ack;
-    do ack = await json("POST", `${path}/finish`, { total_bytes: bytes.length, sha256: digest });
-    while (ack.waiting);
+    const ack = await json("POST", `${path}/finish`, { total_bytes: bytes.length, sha256: digest });
     progress(session, ack, offset, bytes.length);
     entry.finished = true;
   } catch (error) {

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterator
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 import segcore
+from segcore import text
 from segcore.engine.engine import Engine
+from segcore.errors import SegcoreError
 from segcore.sampling import SamplingParams
 from segcore.weights import LoadedModel
 from services.serving.config import ServeConfig
 from services.serving.engine_deployment import EngineDeployment
+from services.serving.messages import AnswerPart
 from services.serving.session import Sessions
 from tests.conftest import SERVED_SEGMENT
 from tests.services.serving.fronts import Loop, Replica, RunningFront
@@ -24,6 +28,12 @@ DOCUMENT = "".join(f"Entry {i}: the café at № {i * 7919 % 10007}.\n" for i in
 QUESTION = "When does the café open?"
 GREEDY = SamplingParams(max_tokens=40, stop=("ÿ",))
 SAMPLED = SamplingParams(max_tokens=40, stop=("ÿ",), temperature=1.0, seed=5)
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens come while a document does, though it is short."""
+    monkeypatch.setattr(text, "PIECE_CHARS", 128)
 
 
 @pytest.fixture(scope="session")
@@ -83,12 +93,23 @@ async def ask(sessions: Sessions, name: str = "s", params: SamplingParams = GREE
     return "".join([part.text async for part in parts])
 
 
+async def rest_of(parts: AsyncGenerator[AnswerPart]) -> tuple[str, int, SegcoreError | None]:
+    """The text that still comes, the token it ends with, and the error that ends it."""
+    text, index = "", 0
+    try:
+        async for part in parts:
+            text, index = text + part.text, part.token_index
+    except SegcoreError as error:
+        return text, index, error
+    return text, index, None
+
+
 @pytest_asyncio.fixture
 async def undisturbed(replica: Callable[..., Sessions], tmp_path: Path) -> Callable[..., object]:
     """The text that a session gives which nothing disturbs: its document, an answer, and a second one."""
 
     async def texts(params: SamplingParams) -> list[str]:
-        alone = replica(sessions=str(tmp_path / "alone.sqlite"), past_shared=None)
+        alone = replica(sessions=str(tmp_path / f"{uuid.uuid4().hex}.sqlite"), past_shared=None)
         await alone.create("", "s")
         await upload(alone)
         return [await ask(alone, params=params), await ask(alone, params=params)]

@@ -24,7 +24,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from protos.gen.segcore.v1 import segcore_pb2 as pb
 from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
-from segcore.errors import ConfigError
+from segcore.errors import Busy, ConfigError, Unauthenticated
+from services.serving.client import Client
 from services.serving.config import ServeConfig
 from services.serving.tenants import token_hash
 from services.serving.tls import Certificate
@@ -124,6 +125,23 @@ def test_with_a_client_authority_strangers_are_turned_away(front, authority, tmp
         get(f"{one.http}/v1/models", context=context)
     context.load_cert_chain(*own)
     assert get(f"{one.http}/v1/models", context=context)["data"]
+
+
+def test_the_client_speaks_tls_and_shows_token_and_certificate(front, authority, tmp_path):
+    certificate, key = authority.issue("front")
+    tenants = tmp_path / "tenants.json"
+    tenants.write_text(json.dumps({"tenants": [{"name": "t", "tokens": [token_hash("t")], "sessions": 1}]}))
+    one = front(tls_certificate=certificate, tls_key=key, tls_client_ca=authority.file, tenants=tenants)
+    own = authority.issue("client")
+    with Client(one.grpc, token="t", ca=authority.file, certificate=own) as client:
+        session = client.create_session().session_id
+        client.upload(session, "A text.")
+        assert client.server_info().model
+        with pytest.raises(Busy, match="all 1 sessions"):
+            client.create_session()
+        client.delete_session(session)
+    with Client(one.grpc, token="u", ca=authority.file, certificate=own) as client, pytest.raises(Unauthenticated):
+        client.create_session()
 
 
 def test_a_renewed_certificate_is_taken_up(front, authority, tmp_path):

@@ -197,4 +197,4 @@ def test_malformed_bodies_are_the_callers_fault(served, body, path):
 
 
 async def _deleted(served, session_id):
-    await served.gate.engine(session_id).delete.remote("", session_id)
+    await served.gate.engines.call("delete", "", session_id)

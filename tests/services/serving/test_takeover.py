@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import pytest
 
 from segcore.errors import FailedPrecondition, LeaseLost, NotFound, SegcoreError, Unavailable
-from services.serving.messages import AnswerPart
 from services.serving.session import Sessions
-from tests.services.serving.conftest import DOCUMENT, GREEDY, QUESTION, SAMPLED, ask, upload
+from tests.services.serving.conftest import DOCUMENT, GREEDY, QUESTION, SAMPLED, ask, rest_of, upload
 
 
 class Gone:
@@ -20,17 +18,6 @@ class Gone:
 
     def __getattr__(self, name: str) -> object:
         raise Unavailable("gone")
-
-
-async def rest_of(parts: AsyncGenerator[AnswerPart]) -> tuple[str, int, SegcoreError | None]:
-    """The text that still comes, the token it ends with, and the error that ends it."""
-    text, index = "", 0
-    try:
-        async for part in parts:
-            text, index = text + part.text, part.token_index
-    except SegcoreError as error:
-        return text, index, error
-    return text, index, None
 
 
 def killed(sessions: Sessions) -> None:
@@ -218,3 +205,24 @@ async def test_drain_ends_calls_and_another_goes_on(replica, undisturbed):
         await one.append("", "s", "d", 0, b"")
     text = got.text + text + await ask(two, request_id="r", after=index or got.token_index)
     assert [text, await ask(two)] == await undisturbed(GREEDY)
+
+
+async def test_the_passes_are_those_of_an_undisturbed_session(replica, tmp_path):
+    """So the last bits are, too."""
+
+    async def events(kills: int) -> list[int]:
+        where = {"sessions": str(tmp_path / f"{kills}.sqlite"), "past_shared": None}
+        sessions = replica(**where)
+        await sessions.create("", "s")
+        await upload(sessions)
+        for _ in range(kills):
+            async with aclosing(sessions.generate("", "s", QUESTION, SAMPLED, request_id="r")) as parts:
+                await anext(parts)
+                killed(sessions)
+            sessions = replica(**where)
+        await ask(sessions, params=SAMPLED, request_id="r")
+        await ask(sessions, params=SAMPLED)
+        found: list[int] = sessions._engine._sessions["/s"].past.journal.events.tolist()
+        return found
+
+    assert await events(0) == await events(3)

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class SessionServiceStub:
-    """Sessions: one stream of tokens each, on one model.
+    """Sessions: one stream of tokens each, on one model. They last until they are deleted, or their time to live is over,
+    whatever becomes of the replicas that work on them.
     """
 
     def __init__(self, channel):
@@ -50,10 +51,36 @@ class SessionServiceStub:
                 request_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.DeleteSessionRequest.SerializeToString,
                 response_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.DeleteSessionResponse.FromString,
                 _registered_method=True)
+        self.ListSessions = channel.unary_unary(
+                '/segcore.v1.SessionService/ListSessions',
+                request_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ListSessionsRequest.SerializeToString,
+                response_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ListSessionsResponse.FromString,
+                _registered_method=True)
+        self.ForkSession = channel.unary_unary(
+                '/segcore.v1.SessionService/ForkSession',
+                request_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ForkSessionRequest.SerializeToString,
+                response_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ForkSessionResponse.FromString,
+                _registered_method=True)
+        self.RewindSession = channel.unary_unary(
+                '/segcore.v1.SessionService/RewindSession',
+                request_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.RewindSessionRequest.SerializeToString,
+                response_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.RewindSessionResponse.FromString,
+                _registered_method=True)
+        self.ExportSession = channel.unary_stream(
+                '/segcore.v1.SessionService/ExportSession',
+                request_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ExportSessionRequest.SerializeToString,
+                response_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ExportSessionResponse.FromString,
+                _registered_method=True)
+        self.ImportSession = channel.stream_unary(
+                '/segcore.v1.SessionService/ImportSession',
+                request_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ImportSessionRequest.SerializeToString,
+                response_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ImportSessionResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer:
-    """Sessions: one stream of tokens each, on one model.
+    """Sessions: one stream of tokens each, on one model. They last until they are deleted, or their time to live is over,
+    whatever becomes of the replicas that work on them.
     """
 
     def CreateSession(self, request, context):
@@ -76,6 +103,40 @@ class SessionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSessions(self, request, context):
+        """The caller's sessions in the order of their ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkSession(self, request, context):
+        """A second session that goes on from where the first one stands. Route it by the first one's id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RewindSession(self, request, context):
+        """Goes back to one of the session's points, and forgets what came after.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportSession(self, request, context):
+        """A session's texts and tokens as bytes, and a new session from them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportSession(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +155,31 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.DeleteSessionRequest.FromString,
                     response_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.DeleteSessionResponse.SerializeToString,
             ),
+            'ListSessions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSessions,
+                    request_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ListSessionsRequest.FromString,
+                    response_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'ForkSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkSession,
+                    request_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ForkSessionRequest.FromString,
+                    response_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ForkSessionResponse.SerializeToString,
+            ),
+            'RewindSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.RewindSession,
+                    request_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.RewindSessionRequest.FromString,
+                    response_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.RewindSessionResponse.SerializeToString,
+            ),
+            'ExportSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportSession,
+                    request_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ExportSessionRequest.FromString,
+                    response_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ExportSessionResponse.SerializeToString,
+            ),
+            'ImportSession': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportSession,
+                    request_deserializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ImportSessionRequest.FromString,
+                    response_serializer=protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ImportSessionResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'segcore.v1.SessionService', rpc_method_handlers)
@@ -103,7 +189,8 @@ def add_SessionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class SessionService:
-    """Sessions: one stream of tokens each, on one model.
+    """Sessions: one stream of tokens each, on one model. They last until they are deleted, or their time to live is over,
+    whatever becomes of the replicas that work on them.
     """
 
     @staticmethod
@@ -177,6 +264,141 @@ class SessionService:
             '/segcore.v1.SessionService/DeleteSession',
             protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.DeleteSessionRequest.SerializeToString,
             protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.DeleteSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segcore.v1.SessionService/ListSessions',
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ListSessionsRequest.SerializeToString,
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segcore.v1.SessionService/ForkSession',
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ForkSessionRequest.SerializeToString,
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ForkSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RewindSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/segcore.v1.SessionService/RewindSession',
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.RewindSessionRequest.SerializeToString,
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.RewindSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/segcore.v1.SessionService/ExportSession',
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ExportSessionRequest.SerializeToString,
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ExportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSession(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/segcore.v1.SessionService/ImportSession',
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ImportSessionRequest.SerializeToString,
+            protos_dot_gen_dot_segcore_dot_v1_dot_segcore__pb2.ImportSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,209 @@
+"""The engine tier, as those in front of it see it: any session's calls, which survive the replicas that carry them out.
+
+A call is routed to the replica that most likely has the session in memory. If that one goes, or sends the session
+elsewhere, the call is made again: each can be, without being carried out twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from segcore.errors import SegcoreError, Unavailable, WrongOffset
+from segcore.sampling import SamplingParams
+from services.serving.config import ServeConfig
+from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck, check_name
+
+log = logging.getLogger(__name__)
+
+# Those whose results are kept by a request_id; the others can be repeated as they are.
+_BY_REQUEST = ("create", "delete", "fork", "rewind", "import_session")
+_LONGEST_WAIT_S = 1.0
+# How long a call is tried on, beside the time that a lost replica's lease lasts.
+_PATIENCE_S = 15.0
+
+
+class Engines:
+    """Calls of `Sessions`, by name, and its streams; they raise SegcoreError."""
+
+    def __init__(self, handle: DeploymentHandle, config: ServeConfig) -> None:
+        self._handle, self._config = handle, config
+        self._patience_s = 2 * config.lease_s + _PATIENCE_S
+
+    async def call(self, method: str, tenant: str, session_id: str = "", *args: Any, **options: Any) -> Any:
+        """One call, once a replica has answered it."""
+        if method in _BY_REQUEST and not options.get("request_id"):
+            options["request_id"] = uuid.uuid4().hex
+        patience = _Patience(self._patience_s)
+        while True:
+            try:
+                at = self._at(session_id)
+                who = (tenant, session_id) if session_id else (tenant,)
+                return await getattr(at, method).remote(*who, *args, **options)
+            except Exception as error:
+                await patience.wait(as_segcore_error(error))
+
+    async def info(self) -> ServerInfo:
+        """What the service runs and accepts."""
+        try:
+            made: ServerInfo = await self._handle.info.remote()
+            return made
+        except Exception as error:
+            raise as_segcore_error(error) from None
+
+    async def append(
+        self, tenant: str, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None
+    ) -> UploadAck:
+        """`Sessions.append`, until there is room. ends: when the caller's time is up, by the monotonic clock."""
+        where = (tenant, session_id, document_id)
+        try:
+            ack: UploadAck = await self.call("append", *where, offset, data, timeout_s=_left(ends))
+        except WrongOffset as error:
+            # Only the answer to an earlier try was lost.
+            if error.details.get("committed_offset") != str(offset + len(data)) or not data:
+                raise
+            ack = await self.call("append", *where, offset + len(data), b"", timeout_s=_left(ends))
+        while ack.waiting:
+            ack = await self.call("append", *where, ack.committed_offset, b"", timeout_s=_left(ends))
+        return ack
+
+    async def finish(
+        self,
+        tenant: str,
+        session_id: str,
+        document_id: str,
+        total_bytes: int,
+        sha256: bytes,
+        ends: float | None = None,
+    ) -> UploadAck:
+        """`Sessions.finish`, until all has been run."""
+        while True:
+            where = (tenant, session_id, document_id, total_bytes, sha256)
+            ack: UploadAck = await self.call("finish", *where, timeout_s=_left(ends))
+            if ack.finished:
+                return ack
+
+    async def export(self, tenant: str, session_id: str) -> AsyncIterator[bytes]:
+        """`Sessions.export`; a broken one isn't taken up."""
+        try:
+            async for data in self._at(session_id).options(stream=True).export.remote(tenant, session_id):
+                yield data
+        except Exception as error:
+            raise as_segcore_error(error) from None
+
+    async def generate(
+        self,
+        tenant: str,
+        session_id: str,
+        question: str,
+        params: SamplingParams,
+        *,
+        request_id: str = "",
+        after: int = 0,
+        timeout_s: float | None = None,
+        expected_generation: int | None = None,
+    ) -> AsyncGenerator[AnswerPart]:
+        """`Sessions.generate`, over as many replicas and slices as it takes.
+
+        Without a request_id the answer ends when the iterator is closed.
+        """
+        named, ends = bool(request_id), None if timeout_s is None else time.monotonic() + timeout_s
+        request_id, finished = request_id or uuid.uuid4().hex, False
+
+        def begin(after: int) -> Any:
+            options: dict[str, Any] = {"request_id": request_id, "after": after, "slice_s": self._config.slice_s}
+            options |= {"timeout_s": _left(ends), "expected_generation": expected_generation}
+            at = self._at(session_id).options(stream=True)
+            return at.generate.remote(tenant, session_id, question, params, **options)
+
+        try:
+            async with aclosing(self._taken_up(begin, after)) as parts:
+                async for part in parts:
+                    finished = part.finish_reason is not None
+                    yield part
+        except SegcoreError:
+            finished = True  # as far as it can be
+            raise
+        finally:
+            if not (named or finished):
+                await self.call("cancel_answer", tenant, session_id)
+
+    async def complete(self, tenant: str, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[AnswerPart]:
+        """`Completions.complete`, over as many replicas as it takes: another one says the same from the beginning."""
+
+        def begin(after: int) -> Any:
+            at = self._handle.options(session_id=uuid.uuid4().hex, stream=True)
+            return at.complete.remote(tenant, prompt, params, after)
+
+        async with aclosing(self._taken_up(begin, 0)) as parts:
+            async for part in parts:
+                yield part
+
+    async def _taken_up(self, begin: Callable[[int], Any], after: int) -> AsyncGenerator[AnswerPart]:
+        """An answer's parts, taken up where a replica leaves it. begin: asks for those after so many tokens."""
+        patience, finished = _Patience(self._patience_s), False
+        while not finished:
+            try:
+                async with aclosing(_stream(begin(after))) as parts:
+                    async for part in parts:
+                        patience = _Patience(self._patience_s)
+                        after, finished = part.token_index, part.finish_reason is not None
+                        yield part
+            except SegcoreError as error:
+                await patience.wait(error)
+
+    def _at(self, session_id: str) -> DeploymentHandle:
+        if not session_id:
+            return self._handle
+        check_name("session_id", session_id)
+        return self._handle.options(session_id=session_id)
+
+
+async def _stream(parts: Any) -> AsyncGenerator[AnswerPart]:
+    try:
+        async for part in parts:
+            yield part
+    except (SegcoreError, RayError, RayServeException) as error:
+        raise as_segcore_error(error) from None
+    finally:
+        parts.cancel()  # has no effect once it has ended
+
+
+class _Patience:
+    """How long unreachable replicas are waited for, by ever longer pauses or as they ask for."""
+
+    def __init__(self, seconds: float) -> None:
+        self._ends, self._pause = time.monotonic() + seconds, 0.05
+
+    async def wait(self, error: SegcoreError) -> None:
+        """Pause before the next try; raises the error if there is to be none."""
+        if not isinstance(error, Unavailable) or time.monotonic() > self._ends:
+            raise error
+        asked = float(error.details.get("retry_after_s", self._pause))
+        self._pause = min(2 * self._pause, _LONGEST_WAIT_S)
+        await asyncio.sleep(min(asked, _LONGEST_WAIT_S))
+
+
+def _left(ends: float | None) -> float | None:
+    return None if ends is None else max(ends - time.monotonic(), 0.0)
+
+
+def as_segcore_error(error: Exception) -> SegcoreError:
+    """What went wrong, as clients may know it."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, SegcoreError):
+        return cause
+    if isinstance(cause, (RayError, RayServeException)):
+        log.warning("engine unreachable: %s", cause)
+        return Unavailable("the replica that works on the session isn't reachable; try again")
+    log.exception("request failed", exc_info=error)
+    return SegcoreError("an internal error; the service's log has it")
