@@ -254,7 +254,6 @@ class Steps:
             if not past.available(key):
                 break
             adopted = past.adopt(key)
-            self.counts["segments.adopted"] += 1
             if adopted:
                 boundary, resumable = adopted, past.segments
             past.journal.extend(tokens, ends)

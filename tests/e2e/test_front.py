@@ -48,7 +48,7 @@ def test_serves_own_proxy_is_a_way_in_too(address, config):
     with Client(f"127.0.0.1:{config.serve_grpc_port}") as client:
         session = client.create_session().session_id
         client.upload(session, "A text about streams of tokens.")
-        assert [part for part in client.generate(session, "What?", SamplingParams(max_tokens=4))]
+        assert list(client.generate(session, "What?", SamplingParams(max_tokens=4)))
         client.delete_session(session)
         with pytest.raises(NotFound):
             client.get_session(session)
