@@ -128,7 +128,8 @@ def test_every_node_is_measured():
     until = time.monotonic() + WAIT_S
     while True:
         found = requests.get("http://localhost:9090/api/v1/targets", timeout=30).json()["data"]["activeTargets"]
-        if len(found) >= 4 and all(target["health"] == "up" for target in found):
+        nodes = [target for target in found if ":8080/" in target["scrapeUrl"]]  # beside them, the head's own services
+        if len(nodes) >= 3 and all(target["health"] == "up" for target in nodes):
             return
         assert time.monotonic() < until, found
         time.sleep(2)
