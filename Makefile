@@ -1,5 +1,6 @@
 # One word per developer act; CI uses the same words.
-.PHONY: setup redis browser demo test test-fast test-gpu check format protos lock figures soak report-picture up down clean
+.PHONY: setup redis browser demo test test-fast test-gpu check format protos lock figures soak report-picture up down clean \
+	cluster-check cluster-up cluster-down cluster-up-test
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -12,6 +13,8 @@ UV := $(BIN)/uv pip
 TEST_ENV := OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled PYTHONDONTWRITEBYTECODE=
 
 DOC ?=
+KUBERAY_CRDS ?=
+PROFILE ?= cpu
 QUESTION ?=
 
 setup: .venv/.ready
@@ -98,6 +101,27 @@ down:
 	@test -f .run/serve.pid || { echo "no service was started with make up"; exit 1; }
 	-kill $$(cat .run/serve.pid) && while kill -0 $$(cat .run/serve.pid) 2>/dev/null; do sleep 1; done
 	rm -rf .run
+
+# The files of cluster/, without a cluster. The folder of KubeRay's definitions is helm-chart/kuberay-operator/crds of its
+# repository.
+cluster-check: setup
+	@test -d "$(KUBERAY_CRDS)" || { echo "make cluster-check KUBERAY_CRDS=FOLDER needs KubeRay's definitions"; exit 1; }
+	scripts/cluster-tools
+	$(BIN)/hadolint cluster/Dockerfile
+	$(TEST_ENV) KUBERAY_CRDS="$(KUBERAY_CRDS)" $(BIN)/pytest tests/cluster
+
+# The services of docker-compose.yml, in containers: PROFILE=cpu, or gpu.
+COMPOSE = VARIANT=$(if $(filter gpu,$(PROFILE)),cu130,cpu) docker compose --profile $(PROFILE)
+cluster-up:
+	scripts/compose-secrets
+	$(COMPOSE) up --build --detach --wait
+
+cluster-down:
+	$(COMPOSE) down
+
+# The same at work: an engine is killed while it answers, and the head too.
+cluster-up-test: setup cluster-up
+	CLUSTER_UP=1 $(BIN)/pytest tests/cluster/test_compose_up.py; status=$$?; $(COMPOSE) down; exit $$status
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -61,6 +61,7 @@ def test_ray_is_named_by_few():
         "services/evaluation/run.py",
         "services/jobs.py",
         "services/serving/app.py",
+        "services/serving/autoscaling.py",
         "services/serving/engines.py",
         "services/serving/gate.py",
         "services/serving/ingress.py",

@@ -80,6 +80,15 @@ class EngineStats:
     counts: dict[str, int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineLoad:
+    """What an engine has to do: sessions open, those at work, and their tokens that wait to be run."""
+
+    sessions: int
+    working: int
+    waiting_tokens: int
+
+
 class Engine:
     """Runs streams of tokens through F. Start it by creating it; end it with `shutdown`."""
 
@@ -307,6 +316,15 @@ class Engine:
                 queued_sessions=sum(session.id not in slots for session in busy),
                 queued_tokens=sum(len(session.pending) for session in self._sessions.values()),
                 counts=dict(self._steps.counts),
+            )
+
+    def load(self) -> EngineLoad:
+        with self._changed:
+            working = [s for s in self._sessions.values() if s.next_step(self.config) is not Step.IDLE]
+            return EngineLoad(
+                sessions=len(self._sessions),
+                working=len(working),
+                waiting_tokens=sum(session.appended - session.state.length for session in working),
             )
 
     def check_integrity(self, timeout_s: float = 60) -> None:

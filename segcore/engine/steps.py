@@ -247,13 +247,13 @@ class Steps:
         """Skip the segments that another stream, or this one before, has run already; whether there were any."""
         if self._runner.policy.layout is None:
             return False
-        past, boundary, resumable = session.past, None, session.past.segments
+        past, boundary = session.past, None
+        before = resumable = past.segments
         while (following := self._following(session)) is not None:
             key, tokens, ends = following
             if not past.available(key):
                 break
             adopted = past.adopt(key)
-            self.counts["segments.adopted"] += 1
             if adopted:
                 boundary, resumable = adopted, past.segments
             past.journal.extend(tokens, ends)
@@ -265,6 +265,7 @@ class Steps:
         past.truncate(resumable)
         if boundary is None:
             return False
+        self.counts["segments.adopted"] += resumable - before
         session.state, session.logits_V = self._runner.resume(boundary, past)
         return True
 

@@ -1,11 +1,11 @@
-"""The application: fronts, and the engines behind them."""
+"""The application: fronts, and engines behind them. `segcore serve` builds it, or `cluster/serve.yaml`."""
 
-from __future__ import annotations
+# Without postponed annotations: Serve reads off `application` what a configuration file's `args` are.
 
 from typing import Any
 
 from ray import serve
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from services.serving.config import ServeConfig
 from services.serving.engine_deployment import EngineDeployment
@@ -14,7 +14,7 @@ from services.serving.ingress import SERVICES, Ingress
 
 APPLICATION = "segcore"
 _ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
-
+_POLICY = "services.serving.autoscaling:LoadPolicy"
 
 # A request is short, or waits on the engine without holding anything, so Serve's own limit must not come first.
 _MAX_ONGOING = 10_000
@@ -47,11 +47,12 @@ def build(
         environment["RAY_SERVE_TRACING_SAMPLING_RATIO"] = str(config.tracing_ratio)
     engines = serve.deployment(
         name="engine",
-        num_replicas=replicas or config.replicas,
+        **_replicas(config, replicas),
         max_ongoing_requests=_MAX_ONGOING,
         ray_actor_options={
             "num_cpus": 1,
             "num_gpus": config.gpus_per_replica,
+            "resources": config.engine_resources,
             "runtime_env": {"env_vars": environment},
         },
         request_router_config=RequestRouterConfig(
@@ -62,9 +63,37 @@ def build(
         name="ingress",
         num_replicas=config.fronts,
         max_ongoing_requests=_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": environment}},
+        ray_actor_options={
+            "num_cpus": 0.1,
+            "resources": config.front_resources,
+            "runtime_env": {"env_vars": environment},
+        },
     )(ingress)
     return fronts.bind(engines.bind(config), config)
+
+
+def application(config: ServeConfig) -> serve.Application:
+    """What a configuration file of Serve names; its `args` are the configuration. Raises as `build` does."""
+    return build(config)
+
+
+def _replicas(config: ServeConfig, replicas: int | None) -> dict[str, Any]:
+    """How many engines, or between which numbers and by what. replicas: this many, whatever is configured."""
+    scaling = config.autoscaling
+    if scaling is None or replicas is not None:
+        return {"num_replicas": replicas or config.replicas}
+    load = {"slots": config.slots, "waiting_tokens": scaling.waiting_tokens, "max_sessions": config.max_sessions}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.replicas,
+            max_replicas=scaling.max_replicas,
+            metrics_interval_s=min(10, scaling.look_back_s / 3),
+            look_back_period_s=scaling.look_back_s,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+            policy=AutoscalingPolicy(policy_function=_POLICY, policy_kwargs=load),
+        )
+    }
 
 
 def servicer_functions() -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +16,22 @@ from segcore.errors import ConfigError
 from segcore.presets import DEFAULT_MODEL, cache_directory, model_segment
 
 
+class AutoscalingSettings(BaseModel):
+    """Replicas by load, between `ServeConfig.replicas` and max_replicas.
+
+    waiting_tokens: how many may wait on a replica. The load is averaged over look_back_s, and must be beyond what there
+    is for as long as the delays before replicas come or go.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_replicas: int = Field(ge=1)
+    waiting_tokens: int = Field(default=65_536, ge=1)
+    look_back_s: float = Field(default=30, gt=0)
+    upscale_delay_s: float = Field(default=30, ge=0)
+    downscale_delay_s: float = Field(default=600, ge=0)
+
+
 class ServeConfig(BaseModel):
     """A segcore service.
 
@@ -22,6 +40,9 @@ class ServeConfig(BaseModel):
     heads: a file that `segcore heads`, or the training of gates, wrote for the model; None: what is shipped for it, if
     anything.
     threads: torch's, None for its own choice.
+    replicas: engines, the least number of them with `autoscaling`.
+    front_resources, engine_resources: Ray's custom resources that each takes, and so on which nodes it runs; `segcore
+    serve`, on one node, leaves them out.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
     address of a Redis server (redis://...); past_shared_bytes: such a folder's budget.
     host, grpc_port, http_port: where each front listens, over TLS if there is a certificate (PEM files); with
@@ -32,7 +53,8 @@ class ServeConfig(BaseModel):
     tenants: a file of who may call (see tenants.py); None: everybody, as one tenant.
     sessions: the directory of sessions, a SQLite file or the address of a Redis server; session_ttl_s: how long one is
     kept after its last call, None: for ever. lease_s: how long others wait for a replica that is gone. slice_s: the
-    longest a call keeps a replica from ending. changed_sessions: what becomes of sessions that were begun with another
+    longest a call keeps a replica from ending. redis_password: a file, on the engines, with the password of Redis
+    servers that are named without one. changed_sessions: what becomes of sessions that were begun with another
     model, adapter or policy: "refuse" them, or "recompute" their past from their tokens.
     window_bytes: what a client may send beyond what is committed; it bounds what waits when the last byte is sent, and
     so the time to the first token.
@@ -49,7 +71,10 @@ class ServeConfig(BaseModel):
     heads: Path | None = None
     chunk_tokens: int = Field(default=1024, ge=1)
     replicas: int = Field(default=1, ge=1)
+    autoscaling: AutoscalingSettings | None = None
     gpus_per_replica: float = Field(default=0, ge=0)
+    front_resources: dict[str, float] = {}
+    engine_resources: dict[str, float] = {}
     host: str = "127.0.0.1"
     grpc_port: int = Field(default=9100, ge=0, le=65535)
     http_port: int = Field(default=8100, ge=0, le=65535)
@@ -71,6 +96,7 @@ class ServeConfig(BaseModel):
     session_ttl_s: float | None = Field(default=30 * 24 * 3600.0, gt=0)
     lease_s: float = Field(default=5.0, gt=0)
     slice_s: float = Field(default=5.0, gt=0)
+    redis_password: Path | None = None
     changed_sessions: Literal["refuse", "recompute"] = "refuse"
     attention: str = "auto"
     slots: int = Field(default=8, ge=1)
@@ -100,6 +126,20 @@ class ServeConfig(BaseModel):
         except ValidationError as error:
             faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ConfigError(f"{path}: {faults}") from error
+
+    def with_password(self) -> ServeConfig:
+        """The same, with the password in the addresses of Redis servers that lack one. Raises ConfigError."""
+        if self.redis_password is None:
+            return self
+        try:
+            password = quote(self.redis_password.read_text().strip(), safe="")
+        except OSError as error:
+            raise ConfigError(f"redis_password: {self.redis_password} can't be read: {error.strerror}") from error
+        places = {name: place for name in ("sessions", "past_shared") if (place := getattr(self, name)) is not None}
+        lacking = re.compile(r"^(rediss?://)(?=[^@]*$)")
+        return self.model_copy(
+            update={name: lacking.sub(rf"\g<1>:{password}@", place) for name, place in places.items()}
+        )
 
     def engine_config(self) -> EngineConfig:
         """The engine's part. Raises as `segment_config` does."""

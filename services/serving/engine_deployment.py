@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -42,7 +43,7 @@ class EngineDeployment:
         log_as_told()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self._config = config
+        self._config = config = config.with_password()
         self._model = segcore.load_model(config.model, dtype=config.dtype, device=config.device, adapter=config.adapter)
         self._engine = segcore.Engine(self._model.lm, self._model.identified(config.engine_config()))
         self._sessions = Sessions(self._model, self._engine, config)
@@ -53,6 +54,10 @@ class EngineDeployment:
         self.measure()
         if not self._engine.alive:
             raise Unavailable("the engine's thread has ended")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `LoadPolicy` goes by; Serve asks for it."""
+        return dataclasses.asdict(self._engine.load())
 
     async def __del__(self) -> None:
         if hasattr(self, "_sessions"):

@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.serve.grpc_util import RayServegRPCContext, gRPCInputStream
 from ray.serve.handle import DeploymentHandle
@@ -22,6 +22,8 @@ from services.serving.gate import Gate
 from services.serving.messages import check_name, session_id_for
 from services.serving.status import code_of, trailers_of
 from services.serving.tenants import Tenant
+
+R = TypeVar("R")
 
 # By full name, what adds each to a gRPC server.
 SERVICES: dict[str, Callable[[Any, Any], None]] = {
@@ -81,9 +83,9 @@ def _streaming(response: type[Any]) -> Callable[[Any], Any]:
     return wrap
 
 
-def _as_itself(run: Any) -> Any:
+def _as_itself(run: Callable[..., R]) -> Callable[..., R]:
     """Serve gives the context to handlers whose signature names it: so it must see the wrapper's, not the handler's."""
-    del run.__wrapped__
+    vars(run).pop("__wrapped__")
     return run
 
 

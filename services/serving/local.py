@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 
@@ -28,9 +29,9 @@ def local_service(config: ServeConfig) -> Iterator[str]:
 
     from services.serving.app import APPLICATION, build
 
-    config = _with_resources(config)
-    application = build(config)
     own_ray = not ray.is_initialized()
+    config = _with_resources(config, one_node=own_ray)
+    application = build(config)
     if own_ray:
         ray.init(
             num_cpus=max(psutil.cpu_count() or 1, config.replicas + 1),
@@ -80,14 +81,18 @@ def cause(report: str) -> SegcoreError:
     return kind(message)
 
 
-def _with_resources(config: ServeConfig) -> ServeConfig:
+def _with_resources(config: ServeConfig, *, one_node: bool) -> ServeConfig:
     """Fill in what is left to this machine: free ports, and its cores shared between the replicas.
+
+    one_node: whether replicas have no choice of nodes.
 
     Ray would otherwise set each replica to as many threads as the CPUs it reserves.
     """
     cores = psutil.cpu_count(logical=False) or 1
+    anywhere: dict[str, Any] = {"front_resources": {}, "engine_resources": {}} if one_node else {}
     return config.model_copy(
-        update={
+        update=anywhere
+        | {
             "grpc_port": config.grpc_port or _free_port(),
             "http_port": config.http_port or _free_port(),
             "serve_grpc_port": _free_port() if config.serve_grpc_port == 0 else config.serve_grpc_port,

@@ -1,4 +1,4 @@
-"""A run on Ray Train: what a job executes. `python -m services.training.train CONFIG.json [--resume] [--local]`.
+"""A run on Ray Train, what a job executes: `python -m services.training.train CONFIG.json`; see its --help.
 
 What it prints for programs begins with `metrics.MARK`; the last such line has the run's end.
 """
@@ -155,13 +155,15 @@ def main() -> int:
     """Returns the exit status: 0, or 1 for a run that failed."""
     parser = argparse.ArgumentParser(prog="python -m services.training.train")
     parser.add_argument("config", type=Path, metavar="JSON")
-    parser.add_argument("--resume", action="store_true")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true")
+    begin.add_argument("--retry", action="store_true", help="resume if there is a checkpoint, else start")
     parser.add_argument("--local", action="store_true", help="on a Ray of its own")
     options = parser.parse_args()
     config = TrainConfig.model_validate_json(options.config.read_text())
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     try:
-        check_start(config, resume=options.resume)
+        check_start(config, resume=options.resume or (options.retry and latest(config.folder) is not None))
         _connect(config, local=options.local)
         tell(done=True, **fit(config))
     except SegcoreError as error:

@@ -10,7 +10,7 @@ import torch
 
 from segcore.config import CacheConfig, FullConfig
 from segcore.engine import steps
-from segcore.engine.engine import Engine
+from segcore.engine.engine import Engine, EngineLoad
 from segcore.engine.request import Generation, Step
 from segcore.engine.runner import Runner
 from segcore.engine.sampler import sample
@@ -260,6 +260,18 @@ def test_room_waits_for_the_engine(make_engine):
         assert engine.room("s").done()
         engine.append("s", [1])
         assert not engine.room("s").done()
+
+
+def test_its_load_is_what_it_can_do_now(make_engine):
+    engine = make_engine()
+    for name in ("rests", "waits for more", "works"):
+        engine.open(name)
+    engine.append("waits for more", STREAM[:5])
+    with at_rest(engine):
+        engine.append("works", STREAM)
+        assert engine.load() == EngineLoad(sessions=3, working=1, waiting_tokens=len(STREAM))
+    engine.flush("works").result(SECONDS)
+    assert engine.load() == EngineLoad(sessions=3, working=0, waiting_tokens=0)
 
 
 def test_less_room_than_a_chunk_is_refused(tiny_lm):

@@ -1,0 +1,302 @@
+"""Thousands of sessions over hundreds of replicas, simulated: where does it break?
+
+    python benchmarks/scale_sim.py                              # growing clusters, with failures; then what gives first
+    python benchmarks/scale_sim.py --replicas 300 --per-replica 60 --store-gbytes 10
+
+Sessions come, upload a document, ask some questions with pauses between, and go. A replica prefills one segment at a
+time and decodes in slots. Sessions are placed by the very ring that Serve uses. A replica that fails takes its
+sessions' states with it: they are restored where the ring puts them, from the shared store, all of their past KV, or
+by running their tokens again, whichever is sooner; its successor has another place on the ring, which moves sessions
+again. What is simulated are queues for prefill, slots, links and the store; of a pass nothing but its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import heapq
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from ray.serve.experimental.consistent_hash_router import DEFAULT_NUM_VIRTUAL_NODES, _hash_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What there is. Rates are of one replica; the defaults are Llama-3.1-8B on an H200 (docs/performance.md).
+
+    decode_tokens_s: of each of `slots` sessions. bytes_per_token: past KV in the store, which gives store_bytes_s to
+    all together. start_s: until a failed replica's successor serves.
+    """
+
+    replicas: int = 100
+    slots: int = 64
+    prefill_tokens_s: float = 35_000
+    decode_tokens_s: float = 123
+    bytes_per_token: float = 131_680
+    link_bytes_s: float = 3e9
+    store_bytes_s: float = 40e9
+    start_s: float = 90
+    mtbf_s: float = 7 * 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What is asked for: so many sessions at any time, each for `questions` questions. fails: at once, amid the run."""
+
+    sessions: int = 1000
+    document_tokens: int = 128_000
+    upload_tokens_s: float = 4000
+    segment_tokens: int = 4096
+    questions: int = 20
+    pause_s: float = 120
+    question_tokens: int = 60
+    answer_tokens: int = 200
+    hours: float = 2
+    fails: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """first_s: from a question to its first token, each; recovery_s: the same for the first one after a move."""
+
+    first_s: list[float] = field(default_factory=list)
+    recovery_s: list[float] = field(default_factory=list)
+    interrupted: int = 0
+    restored_tokens: int = 0
+    rerun_tokens: int = 0
+    prefill_s: float = 0.0
+    store_s: float = 0.0
+    fullest: float = 0.0
+
+
+class Ring:
+    """Serve's: each replica stands at a hundred places of a circle, and a session goes to the next one."""
+
+    def __init__(self) -> None:
+        self._places: list[tuple[int, str]] = []
+
+    def add(self, replica: str) -> None:
+        for i in range(DEFAULT_NUM_VIRTUAL_NODES):
+            bisect.insort(self._places, (_hash_bytes(f"{replica}:{i}".encode()), replica))
+
+    def remove(self, replica: str) -> None:
+        self._places = [place for place in self._places if place[1] != replica]
+
+    def find(self, session: str) -> str:
+        at = bisect.bisect_right(self._places, (_hash_bytes(session.encode()), "￿"))
+        return self._places[at % len(self._places)][1]
+
+
+@dataclass
+class Replica:
+    """When each of its resources is free."""
+
+    slots: list[float]
+    prefill: float = 0.0
+    link: float = 0.0
+    sessions: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Session:
+    name: str
+    tokens: int = 0
+    asked: int = 0
+    home: str | None = None
+    busy_until: float = 0.0
+    turn: int = 0  # events of earlier turns are void
+
+
+class Simulation:
+    def __init__(self, site: Site, load: Load, seed: int = 0) -> None:
+        self.site, self.load, self.out = site, load, Outcome()
+        self._rng, self._numbers, self._order = random.Random(seed), itertools.count(), itertools.count()
+        self._ring, self._replicas = Ring(), dict[str, Replica]()
+        self._sessions: dict[str, Session] = {}
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._store = 0.0
+
+    def run(self) -> Outcome:
+        end = self.load.hours * 3600
+        for _ in range(self.site.replicas):
+            self._join(0.0)
+        for _ in range(self.load.sessions):
+            self._at(self._rng.uniform(0, end / 4), self._begin)
+        if self.load.fails:
+            self._at(end / 2, self._fail_many)
+        while self._events and self._events[0][0] < end:
+            now, _, event = heapq.heappop(self._events)
+            event(now)
+        counts = [len(replica.sessions) for replica in self._replicas.values()]
+        self.out.fullest = max(counts) / (sum(counts) / len(counts)) if sum(counts) else 0.0
+        self.out.prefill_s /= end * self.site.replicas
+        self.out.store_s /= end
+        return self.out
+
+    def _at(self, when: float, event: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (when, next(self._order), event))
+
+    def _turn(self, session: Session, when: float, event: Callable[[Session, float], None]) -> None:
+        """The session's next turn; what was to come before is void."""
+        session.turn += 1
+        turn = session.turn
+        self._at(when, lambda now: event(session, now) if session.turn == turn else None)
+
+    # Replicas.
+
+    def _join(self, now: float) -> None:
+        name = f"replica-{next(self._numbers)}"
+        self._replicas[name] = Replica([now] * self.site.slots, prefill=now, link=now)
+        self._ring.add(name)
+        self._at(now + self._rng.expovariate(1 / self.site.mtbf_s), lambda then: self._fail(name, then))
+
+    def _fail(self, name: str, now: float) -> None:
+        if name not in self._replicas or len(self._replicas) == 1:
+            return
+        lost = self._replicas.pop(name)
+        self._ring.remove(name)
+        self._at(now + self.site.start_s, self._join)
+        for session in [self._sessions[each] for each in sorted(lost.sessions)]:
+            session.home = None
+            if session.busy_until > now:  # its client asks again
+                self.out.interrupted += 1
+                self._turn(session, now + 1, self._ask if session.asked else self._upload)
+
+    def _fail_many(self, now: float) -> None:
+        names = sorted(self._replicas)
+        for name in self._rng.sample(names, round(self.load.fails * len(names))):
+            self._fail(name, now)
+
+    # Sessions.
+
+    def _begin(self, now: float) -> None:
+        session = Session(f"session-{next(self._numbers)}")
+        self._sessions[session.name] = session
+        self._upload(session, now)
+
+    def _upload(self, session: Session, now: float) -> None:
+        """One segment of the document; the next one when it has come and this one has run."""
+        replica, ready = self._arrive(session, now)
+        done = self._prefill(replica, ready, self.load.segment_tokens)
+        session.tokens += self.load.segment_tokens
+        session.busy_until = done
+        following = max(done, now + self.load.segment_tokens / self.load.upload_tokens_s)
+        self._turn(session, following, self._ask if session.tokens >= self.load.document_tokens else self._upload)
+
+    def _ask(self, session: Session, now: float) -> None:
+        moved = session.home is None or session.home != self._ring.find(session.name)
+        replica, ready = self._arrive(session, now)
+        ready = max(ready, heapq.heappop(replica.slots))
+        first = self._prefill(replica, ready, self.load.question_tokens) + 1 / self.site.decode_tokens_s
+        session.busy_until = first + self.load.answer_tokens / self.site.decode_tokens_s
+        heapq.heappush(replica.slots, session.busy_until)
+        (self.out.recovery_s if moved else self.out.first_s).append(first - now)
+        session.tokens += self.load.question_tokens + self.load.answer_tokens
+        session.asked += 1
+        if session.asked < self.load.questions:
+            self._turn(session, session.busy_until + self._rng.expovariate(1 / self.load.pause_s), self._ask)
+        else:
+            self._turn(session, session.busy_until, self._leave)
+
+    def _leave(self, session: Session, now: float) -> None:
+        if session.home in self._replicas:
+            self._replicas[session.home].sessions.discard(session.name)
+        del self._sessions[session.name]
+        self._begin(now)
+
+    def _arrive(self, session: Session, now: float) -> tuple[Replica, float]:
+        """The session's replica, and when its state is there."""
+        home = self._ring.find(session.name)
+        replica = self._replicas[home]
+        if session.home == home:
+            return replica, now
+        if session.home in self._replicas:
+            self._replicas[session.home].sessions.discard(session.name)
+        session.home = home
+        replica.sessions.add(session.name)
+        return replica, self._restore(replica, now, session.tokens) if session.tokens else now
+
+    def _restore(self, replica: Replica, now: float, tokens: int) -> float:
+        """From the store, or by running the tokens again: whichever is done first."""
+        size = tokens * self.site.bytes_per_token
+        read = max(
+            max(now, replica.link) + size / self.site.link_bytes_s,
+            max(now, self._store) + size / self.site.store_bytes_s,
+        )
+        if read <= max(now, replica.prefill) + tokens / self.site.prefill_tokens_s:
+            self.out.restored_tokens += tokens
+            self.out.store_s += size / self.site.store_bytes_s
+            self._store = max(now, self._store) + size / self.site.store_bytes_s
+            replica.link = read
+            return read
+        self.out.rerun_tokens += tokens
+        return self._prefill(replica, now, tokens)
+
+    def _prefill(self, replica: Replica, ready: float, tokens: int) -> float:
+        took = tokens / self.site.prefill_tokens_s
+        self.out.prefill_s += took
+        replica.prefill = max(ready, replica.prefill) + took
+        return replica.prefill
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)] if values else 0.0
+
+
+def row(site: Site, load: Load) -> str:
+    out = Simulation(site, load).run()
+    moved = out.restored_tokens + out.rerun_tokens
+    return (
+        f"{site.replicas:8} {load.sessions:9} {100 * load.fails:5.0f}% {out.fullest:8.2f}"
+        f" {quantile(out.first_s, 0.5):8.2f} {quantile(out.first_s, 0.99):8.1f}"
+        f" {quantile(out.recovery_s, 0.5):8.1f} {quantile(out.recovery_s, 0.99):8.1f} {out.interrupted:8}"
+        f" {100 * out.prefill_s:7.0f}% {100 * out.store_s:6.1f}% {100 * out.rerun_tokens / moved if moved else 0:6.0f}%"
+    )
+
+
+HEAD = (
+    "replicas  sessions fails  fullest  first token, s:  after a move:     answers prefill  store  rerun\n"
+    "                                    median     99%   median      99% broken off    busy   busy  of moved"
+)
+
+
+def breaking_point(site: Site, load: Load, limit_s: float) -> int:
+    """The most sessions a replica, to a twelfth or so, at which 99 of 100 first tokens come within so many seconds."""
+    low, high = 1, 2
+    while within(site, load, high, limit_s) and high < 4096:
+        low, high = high, 2 * high
+    while high - low > max(1, low // 12):
+        middle = (low + high) // 2
+        low, high = (middle, high) if within(site, load, middle, limit_s) else (low, middle)
+    return low
+
+
+def within(site: Site, load: Load, each: int, limit_s: float) -> bool:
+    out = Simulation(site, replace(load, sessions=each * site.replicas)).run()
+    return quantile(out.first_s, 0.99) <= limit_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--replicas", type=int, nargs="+", default=[10, 100, 300])
+    parser.add_argument("--per-replica", type=int, default=30, help="sessions")
+    parser.add_argument("--store-gbytes", type=float, default=40, help="a second, of the shared store")
+    parser.add_argument("--limit", type=float, default=5, help="seconds to the first token, 99 of 100")
+    options = parser.parse_args()
+    site = Site(store_bytes_s=options.store_gbytes * 1e9)
+    print(f"store: {options.store_gbytes:g} GB/s\n{HEAD}")
+    for replicas in options.replicas:
+        here = replace(site, replicas=replicas)
+        for fails in (0.0, 0.1, 0.3):
+            print(row(here, Load(sessions=options.per_replica * replicas, fails=fails)), flush=True)
+    here = replace(site, replicas=options.replicas[0])
+    for pause in (30, 120, 600):
+        most = breaking_point(here, Load(pause_s=pause, hours=1), options.limit)
+        print(f"a question every {pause} s: {most} sessions a replica keep within {options.limit:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""docker-compose.yml at work: `make cluster-up-test` starts it, and this kills an engine while it answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+
+from tests.cluster.conftest import ROOT
+
+pytestmark = [
+    pytest.mark.skipif("CLUSTER_UP" not in os.environ, reason="make cluster-up-test runs it"),
+    pytest.mark.timeout(900),
+]
+
+SECRETS = ROOT / ".secrets"
+TEXT = (ROOT / "docs" / "architecture.md").read_text()[:6000].encode()
+SESSIONS = [f"up-{i}-{time.time_ns()}" for i in range(6)]
+WAIT_S = 240
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with requests.Session() as http:
+        http.trust_env = False
+        http.verify = str(SECRETS / "tls.crt")
+        http.headers["Authorization"] = f"Bearer {(SECRETS / 'token').read_text()}"
+        yield Service(http)
+
+
+class Service:
+    def __init__(self, http: requests.Session) -> None:
+        self._http = http
+
+    def call(self, method: str, path: str, **options: Any) -> requests.Response:
+        answer = self._http.request(method, f"https://localhost:8100{path}", timeout=300, **options)
+        answer.raise_for_status()
+        return answer
+
+    def upload(self, session: str) -> None:
+        self.call("POST", "/v1/sessions", json={"session_id": session})
+        where, offset = f"/v1/sessions/{session}/documents/text", 0
+        while offset < len(TEXT):
+            sent = self.call("PUT", where, params={"offset": offset}, data=TEXT[offset : offset + 4096])
+            offset = sent.json()["committed_offset"]
+        digest = hashlib.sha256(TEXT).hexdigest()
+        self.call("POST", f"{where}/finish", json={"total_bytes": len(TEXT), "sha256": digest})
+
+    def ask(self, session: str, tokens: int, begun: threading.Event | None = None) -> str:
+        """An answer's text. Raises RuntimeError if it breaks off."""
+        question = {"role": "user", "content": "What is this text about?"}
+        wanted = {"model": "smollm2-135m-instruct", "session_id": session, "max_tokens": tokens}
+        wanted |= {"stream": True, "temperature": 0}
+        text = ""
+        with self.call("POST", "/v1/chat/completions", json=wanted | {"messages": [question]}, stream=True) as lines:
+            for line in lines.iter_lines():
+                if not line.startswith(b"data: {"):
+                    continue
+                part = json.loads(line[6:])
+                if "error" in part:
+                    raise RuntimeError(part["error"])
+                text += "".join(choice["delta"].get("content") or "" for choice in part["choices"])
+                if begun is not None and text:
+                    begun.set()
+        return text
+
+
+def compose(*words: str) -> str:
+    command = ["docker", "compose", "--profile", "cpu", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def eventually(service: Service, session: str, tokens: int) -> str:
+    until = time.monotonic() + WAIT_S
+    while True:
+        try:
+            return service.ask(session, tokens)
+        except (RuntimeError, requests.RequestException):
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
+
+
+def test_strangers_are_turned_away():
+    answer = requests.get("https://localhost:8100/v1/models", verify=str(SECRETS / "tls.crt"), timeout=30)
+    assert answer.status_code == 401
+
+
+def test_sessions_outlive_the_engine_that_they_were_on(service):
+    for session in SESSIONS:
+        service.upload(session)
+    begun = [threading.Event() for _ in SESSIONS]
+    with ThreadPoolExecutor(len(SESSIONS)) as threads:
+        asked = [threads.submit(service.ask, s, 120, b) for s, b in zip(SESSIONS, begun, strict=True)]
+        assert all(event.wait(WAIT_S) for event in begun)
+        compose("kill", "engine-1")
+        broken = [future.exception(300) is not None for future in asked]
+    whole = {future.result() for future in asked if future.exception() is None}
+    try:
+        assert not all(broken)
+        assert len(whole) == 1
+        for session in SESSIONS:
+            assert service.call("GET", f"/v1/sessions/{session}").json()["documents"][0]["finished"]
+            assert eventually(service, session, 20)
+    finally:
+        compose("start", "engine-1")
+
+
+def test_a_head_that_restarts_is_not_noticed(service):
+    compose("kill", "head")
+    try:
+        assert service.ask(SESSIONS[0], 8)
+    finally:
+        compose("start", "head")
+    assert eventually(service, SESSIONS[1], 8)
+
+
+def test_every_node_is_measured():
+    until = time.monotonic() + WAIT_S
+    while True:
+        found = requests.get("http://localhost:9090/api/v1/targets", timeout=30).json()["data"]["activeTargets"]
+        nodes = [target for target in found if ":8080/" in target["scrapeUrl"]]  # beside them, the head's own services
+        if len(nodes) >= 3 and all(target["health"] == "up" for target in nodes):
+            return
+        assert time.monotonic() < until, found
+        time.sleep(2)

@@ -1,0 +1,57 @@
+"""An evaluation and a training run over several nodes, each of which loses one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from services.evaluation.config import EvalConfig
+from services.evaluation.results import ResultFile
+from services.evaluation.run import RESULTS, Plan, evaluate
+from services.training.checkpoint import latest
+from services.training.config import TrainConfig
+from services.training.metrics import LINES, read_lines
+from services.training.train import fit
+from tests.services.evaluation.conftest import values as evaluation_values
+from tests.services.training.conftest import text_file
+from tests.services.training.conftest import values as training_values
+
+__all__ = ["evaluation_values", "text_file", "training_values"]
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+def test_an_evaluation_has_every_result_though_a_node_dies(nodes, evaluation_values, tmp_path):
+    settings = {"workers": {"count": 2, "threads": 1, "cpus": 1}}  # one on each node
+    config = EvalConfig.model_validate(evaluation_values(tmp_path, **settings))
+
+    def on_result(done: int, total: int, arm: str) -> None:
+        if done == 2:
+            nodes.replace(1)
+
+    folder = evaluate(config, on_result=on_result)
+    results = ResultFile(folder / RESULTS).results
+    assert set(results) == set(Plan.of(config).keys)
+    assert not [result for result in results.values() if "error" in result and "died" in str(result["error"])]
+
+
+@pytest.mark.timeout(600)
+def test_a_training_run_goes_on_though_a_node_dies(nodes, training_values, tmp_path: Path):
+    workers = {"count": 2, "threads": 1, "failures": 3}
+    config = TrainConfig.model_validate(training_values(tmp_path, steps=12, workers=workers, checkpoints={"every": 2}))
+
+    def kill() -> None:
+        while latest(config.folder) is None:
+            time.sleep(0.02)
+        nodes.replace(0)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcome = fit(config)
+    killer.join()
+    assert outcome["step"] == 12
+    steps = [line["step"] for line in read_lines(config.folder / LINES) if "loss" in line]
+    assert steps == list(range(1, 13))
