@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # Stands in for the boundary of a block that is whole without one.
-_NO_BOUNDARY = "none"
+_NO_BOUNDARY = "no_boundary"
 
 
 class SessionPast:

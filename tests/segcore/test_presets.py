@@ -21,7 +21,8 @@ def test_the_papers_preset_is_the_published_one(tiny_lm):
     for layer in range(32):
         long_window, local_window = sorted(policy.windows(layer), key=lambda window: window.heads)
         assert (long_window.heads, local_window.heads) == (LONG_HEADS, local)
-        assert long_window.base == local_window.base == local_window.position == 512
+        assert local_window.base == local_window.position == long_window.position == 512
+        assert long_window.base == (512 if Cell(layer, LONG_HEADS[0]) in policy.readers else 0)
         assert policy.seen_by_others(Cell(layer, local[0])) == (0, 512)
         if layer not in (6, 8, 11, 16):
             assert {policy.seen_by_others(Cell(layer, head)) for head in LONG_HEADS} == {(0, 0)}
