@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -33,6 +33,8 @@ class EngineDeployment:
     A session belongs to a tenant (up to 64 letters, digits, '-' or '_'; "" if none is told); others don't see it.
     """
 
+    _runs = False
+
     def __init__(self, config: ServeConfig) -> None:
         # Imported here, so that the process that deploys needs no torch.
         import torch
@@ -48,6 +50,7 @@ class EngineDeployment:
         self._engine = segcore.Engine(self._model.lm, self._model.identified(config.engine_config()))
         self._sessions = Sessions(self._model, self._engine, config)
         self._completions = Completions(self._model, self._engine, self._sessions.room)
+        self._runs = True
 
     def check_health(self) -> None:
         """Serve's question, every few seconds; metrics of the engine's state are brought up to date with it."""
@@ -59,11 +62,16 @@ class EngineDeployment:
         """What `LoadPolicy` goes by; Serve asks for it."""
         return dataclasses.asdict(self._engine.load())
 
-    async def __del__(self) -> None:
-        if hasattr(self, "_sessions"):
-            await self._sessions.drain()
-            self._sessions.close()
-            self._engine.shutdown()
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """Serve asks for the end so, and awaits it; what has ended, or never began, has none."""
+        return self.end() if self._runs else None
+
+    async def end(self) -> None:
+        """End calls where they can go on elsewhere, then the engine."""
+        self._runs = False
+        await self._sessions.drain()
+        self._sessions.close()
+        self._engine.shutdown()
 
     async def info(self) -> ServerInfo:
         config, layout = self._config, self._engine.past_layout

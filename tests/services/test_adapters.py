@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from pathlib import Path
 
 import pytest
@@ -74,12 +75,13 @@ def serve(model: Path, past: Path, **options: object) -> tuple[str, str]:
         )
         engine = EngineDeployment(config)
         try:
-            await engine.create("s", "")
+            session = uuid.uuid4().hex  # sessions stay where their past KV is
+            await engine.create("", session)
             params = SamplingParams(max_tokens=12)
-            parts = [part async for part in engine.generate("s", "What was it that I said?", params)]
+            parts = [part async for part in engine.generate("", session, "What was it that I said?", params)]
             return "".join(part.text for part in parts), engine._engine.fingerprint.adapter
         finally:
-            engine._engine.shutdown()
+            await engine.end()
 
     return asyncio.run(ask())
 

@@ -21,7 +21,7 @@ from services.serving.engine_deployment import EngineDeployment
 from services.serving.messages import AnswerPart
 from services.serving.session import Sessions
 from tests.conftest import SERVED_SEGMENT
-from tests.services.serving.fronts import Loop, Replica, RunningFront
+from tests.services.serving.fronts import Loop, RunningFront
 
 # Some 1,100 tokens: 17 segments. Characters of several bytes fall on the borders of messages.
 DOCUMENT = "".join(f"Entry {i}: the café at № {i * 7919 % 10007}.\n" for i in range(36)).encode()
@@ -145,7 +145,7 @@ def engine(loop: Loop, model_directory: Path, tmp_path_factory: pytest.TempPathF
     )
 
     async def make() -> EngineDeployment:
-        return Replica(config)
+        return EngineDeployment(config)
 
     made = loop.call(make())
     yield made

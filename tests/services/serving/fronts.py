@@ -45,15 +45,6 @@ class _Stream:
         self._closing = asyncio.ensure_future(self._generator.aclose())
 
 
-class Replica(EngineDeployment):
-    """One that is ended by `end`, where Serve awaits its __del__."""
-
-    end = EngineDeployment.__del__
-
-    def __del__(self) -> None:  # type: ignore[override]
-        pass
-
-
 class Loop:
     """An event loop in a thread of its own."""
 
