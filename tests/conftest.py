@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -26,9 +25,6 @@ from segcore.config import Cell, LtriConfig, SegmentedConfig
 from segcore.model import CausalLM
 from tests.redis_server import RedisServer
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
-
-# A busy machine starts a Ray slowly. Read when Ray is imported.
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "150")
 
 VOCABULARY = 300
 FAMILIES = {
