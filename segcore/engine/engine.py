@@ -306,7 +306,7 @@ class Engine:
     def stats(self) -> EngineStats:
         with self._changed:
             past, slots = self._past.used_bytes, self._scheduler.slots
-            busy = [s for s in self._sessions.values() if s.next_step(self.config) is not Step.IDLE]
+            busy = self._at_work()
             return EngineStats(
                 sessions=len(self._sessions),
                 engine_bytes=engine_bytes(self.spec.device, past),
@@ -320,7 +320,7 @@ class Engine:
 
     def load(self) -> EngineLoad:
         with self._changed:
-            working = [s for s in self._sessions.values() if s.next_step(self.config) is not Step.IDLE]
+            working = self._at_work()
             return EngineLoad(
                 sessions=len(self._sessions),
                 working=len(working),
@@ -356,6 +356,10 @@ class Engine:
         for session_id in list(self._sessions):
             self.close(session_id)
         self._past.close()
+
+    def _at_work(self) -> list[Session]:
+        """Sessions with something to do. What is being stepped may stand between two states just now."""
+        return [s for s in self._sessions.values() if s in self._stepping or s.next_step(self.config) is not Step.IDLE]
 
     def _check_new(self, session_id: str) -> None:
         if session_id in self._sessions:

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -189,7 +190,7 @@ class Lives:
         if live.resident:
             live.resident, live.encoder = False, None
             with suppress(NotFound):
-                await asyncio.to_thread(self._engine.close, live.key)
+                await _to_its_end(partial(self._engine.close, live.key))
 
     @asynccontextmanager
     async def ending(self, name: Name) -> AsyncIterator[None]:
@@ -276,8 +277,13 @@ class Lives:
             raise LimitExceeded(f"the session has {len(found.tokens)} tokens, more than this service runs")
         if found.tokens and not 0 <= min(found.tokens) <= max(found.tokens) < self._engine.spec.vocabulary:
             raise SessionLost("the session's log holds tokens that the model doesn't have")
-        await asyncio.to_thread(self._engine.replay, live.key, found.tokens, found.stops, tenant=live.name.tenant)
         live.resident, live.digest = True, found.digest
+        replay = partial(self._engine.replay, live.key, found.tokens, found.stops, tenant=live.name.tenant)
+        try:
+            await _to_its_end(replay)
+        except BaseException:
+            await self.let_go(live)
+            raise
         document = record.open_document
         if document is not None:
             tokenizer = self._model.tokenizer
@@ -344,6 +350,16 @@ class Lives:
 
 def _going_away() -> Unavailable:
     return Unavailable("the replica is going away; try again", retry_after_s="0.1")
+
+
+async def _to_its_end(call: Callable[[], object]) -> None:
+    """In a thread. A caller who is cancelled waits all the same, for the thread goes on."""
+    work = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
 
 
 def _future() -> asyncio.Future[SegcoreError]:

@@ -89,7 +89,7 @@ def test_a_run_that_lost_a_node_and_was_stopped_has_the_curve_of_one_worker_unbr
     Alone(TrainConfig.read(run_file("alone"))).run.train()
     for key, count in (("loss", STEPS), ("eval_loss", 1 + STEPS // EVERY)):
         assert len(numbers(finished, key)) == count
-        assert numbers(finished, key) == pytest.approx(numbers(runs / "alone", key), rel=1e-9)
+        assert numbers(finished, key) == pytest.approx(numbers(runs / "alone", key), rel=1e-7)
 
 
 def test_the_best_checkpoints_are_kept_and_one_is_exported(finished):
