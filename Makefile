@@ -1,5 +1,5 @@
 # One word per developer act; CI uses the same words.
-.PHONY: setup redis browser demo test test-fast test-gpu check format protos lock figures soak report-picture up down clean \
+.PHONY: setup redis browser demo test test-fast test-gpu test-nodes check format protos lock figures soak report-picture up down clean \
 	cluster-check cluster-up cluster-down cluster-up-test
 .DELETE_ON_ERROR:
 
@@ -53,6 +53,10 @@ test: setup redis browser
 
 test-fast: setup redis
 	$(TEST_ENV) $(BIN)/pytest -m "not slow and not e2e"
+
+# Three Ray nodes, of which some are killed; some ten minutes, on a machine that does nothing else.
+test-nodes: setup
+	$(TEST_ENV) $(BIN)/pytest tests/nodes
 
 # What only a GPU can show, on one.
 test-gpu: setup

@@ -11,7 +11,7 @@ import pytest
 from services.evaluation.config import EvalConfig
 from services.evaluation.results import ResultFile
 from services.evaluation.run import RESULTS, Plan, evaluate
-from services.training.checkpoint import latest
+from services.training.folders import latest
 from services.training.config import TrainConfig
 from services.training.metrics import LINES, read_lines
 from services.training.train import fit
