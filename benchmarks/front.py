@@ -145,7 +145,7 @@ def _on_ray(mode: str, folder: Path) -> dict[str, float]:
     config = ServeConfig(
         grpc_port=_port(), http_port=_port(), tls_certificate=certificate[0], tls_key=certificate[1], device="cpu"
     )
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=150_000_000)
     try:
         if mode.startswith("front"):
             serve.start(proxy_location=ProxyLocation.Disabled)

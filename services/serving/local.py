@@ -34,6 +34,7 @@ def local_service(config: ServeConfig) -> Iterator[str]:
     application = build(config)
     if own_ray:
         ray.init(
+            address="local",  # whatever else runs here
             num_cpus=max(psutil.cpu_count() or 1, config.replicas + 1),
             include_dashboard=False,
             object_store_memory=150_000_000,
