@@ -11,8 +11,8 @@ import pytest
 from services.evaluation.config import EvalConfig
 from services.evaluation.results import ResultFile
 from services.evaluation.run import RESULTS, Plan, evaluate
-from services.training.folders import latest
 from services.training.config import TrainConfig
+from services.training.folders import latest
 from services.training.metrics import LINES, read_lines
 from services.training.train import fit
 from tests.services.evaluation.conftest import values as evaluation_values
