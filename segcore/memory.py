@@ -210,7 +210,9 @@ def _past(spec: ModelSpec, config: EngineConfig) -> Iterator[Line]:
     if isinstance(segment, LtriConfig):  # the shortest spans are the most: each a vector, a start and a length
         index = (index + 2 * POSITION_BYTES) / segment.span_min_tokens
         formula = "(watched·d·b + 16)/span_min"
-    boundary, checksums = _boundary_bytes(spec, segment), CHECKSUM_BYTES * -(-segment.segment_tokens // PAGE_TOKENS)
+    # Of those that hold one, spread over all.
+    boundary = _boundary_bytes(spec, segment) / config.cache.boundary_segments
+    checksums = CHECKSUM_BYTES * -(-segment.segment_tokens // PAGE_TOKENS)
     tiers: dict[Place, bool] = {"host": True, "disk": bool(config.cache.directory), "shared": bool(config.cache.shared)}
     for place in (place for place, there in tiers.items() if there):
         yield Line("past KV of the readers", "past", place, "closed token", "2·readers·d·b", bulk)

@@ -97,6 +97,10 @@ class Rope:
         """Leading dimensions of a head that are rotated."""
         return self._cos_1ND.shape[-1]
 
+    def turns_whole_heads(self, head_dim: int) -> bool:
+        """Whether the rotation is the usual one, by halves, of all of a head: what kernels of ours do."""
+        return self.halves and self.rotary_dim == head_dim
+
     def _table(self, positions: int) -> tuple[Tensor, Tensor]:
         ids = torch.arange(positions, device=self._like.device)[None]
         with torch.inference_mode(False), torch.no_grad():  # the table serves training too
@@ -115,7 +119,7 @@ class Rope:
     def into(self, rows: Rows, q_HTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, first_position: int) -> Tensor:
         """Rotate, write keys, rotated keys and values to `rows`, and return the rotated queries. No gradient passes."""
         cos, sin = self._at(first_position, k_HTD.shape[1])
-        by_halves = self.halves and q_HTD.is_cpu and q_HTD.shape[-1] == self.rotary_dim
+        by_halves = q_HTD.is_cpu and self.turns_whole_heads(q_HTD.shape[-1])
         return (_turn_into if by_halves else self._rotate_into)(rows, q_HTD, k_HTD, v_HTD, cos, sin)
 
     def compile(self) -> None:

@@ -1,10 +1,18 @@
-"""What a Ray that this machine starts for itself is told first."""
+"""A Ray that this machine starts for itself."""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import secrets
 import sys
+
+from segcore.errors import Unavailable
+
+log = logging.getLogger(__name__)
+
+STARTS = 3
 
 
 def prepare_ray() -> None:
@@ -16,3 +24,28 @@ def prepare_ray() -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def start_ray(cpus: float, *, log_to_driver: bool = False) -> None:
+    """Start one, whatever else runs here, with as many CPUs as there are, or as are asked for. Raises Unavailable."""
+    import psutil
+    import ray
+
+    for start in range(STARTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(psutil.cpu_count() or 1, math.ceil(cpus)),
+                include_dashboard=False,
+                object_store_memory=150_000_000,
+                log_to_driver=log_to_driver,
+                logging_level="WARNING",
+            )
+            return
+        except Exception as error:  # of no class of its own
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            # Just installed, or on a busy machine, its processes take longer than it waits.
+            log.warning("Ray took too long to start (%d of %d times)", start + 1, STARTS)
+    raise Unavailable("Ray didn't start in time; is the machine very busy?")

@@ -60,6 +60,7 @@ def test_ray_is_named_by_few():
     assert users == {
         "services/evaluation/run.py",
         "services/jobs.py",
+        "services/local_ray.py",
         "services/serving/app.py",
         "services/serving/autoscaling.py",
         "services/serving/engines.py",

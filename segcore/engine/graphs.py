@@ -27,9 +27,7 @@ class DecodeGraphs:
     def __init__(self, model: CausalLM, policy: Policy[Any], pool: Any) -> None:
         self._model, self._policy, self._pool = model, policy, pool
         self._graphs: dict[int, _Graph] = {}
-        # The rotation is of whole heads, by halves.
-        whole = model.rope.halves and model.rope.rotary_dim == model.spec.head_dim
-        self._usable = can_decode(model.spec) and whole
+        self._usable = can_decode(model.spec) and model.rope.turns_whole_heads(model.spec.head_dim)
 
     def usable(self) -> bool:
         """Whether `run` can be called now: on a GPU with Triton, without a backward pass."""

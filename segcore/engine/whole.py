@@ -34,7 +34,7 @@ class WholeSegments:
 
     def __init__(self, model: CausalLM, policy: Policy[Any], attention: Attention, pool: Any) -> None:
         self._model, self._policy, self._attention, self._pool = model, policy, attention, pool
-        whole_heads = model.rope.halves and model.rope.rotary_dim == model.spec.head_dim
+        whole_heads = model.rope.turns_whole_heads(model.spec.head_dim)
         self._usable = can_decode(model.spec) and whole_heads and _has_full_prefixes(policy)
         self._pass: _Whole | None = None
 

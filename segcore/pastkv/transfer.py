@@ -31,9 +31,7 @@ class Transfer:
         if self._stream is None:
             arrived(tensors)
             return
-        copies = {
-            name: pinned_memory().take(tuple(t.shape), t.dtype) if t.is_cuda else t for name, t in tensors.items()
-        }
+        copies = {name: _room_for(tensor) if tensor.is_cuda else tensor for name, tensor in tensors.items()}
         made = torch.cuda.Event()
         made.record()  # behind whatever used the copies' memory before
         self._moving = [moving for moving in self._moving if not moving.done()]

@@ -20,7 +20,7 @@ from services.evaluation.results import Key, Result, ResultFile
 from services.evaluation.tasks.base import Case, Suite
 from services.evaluation.tasks.registry import open_suites
 from services.evaluation.version import code_digest
-from services.local_ray import prepare_ray
+from services.local_ray import prepare_ray, start_ray
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
 OnResult = Callable[[int, int, str], None]
@@ -110,7 +110,6 @@ class Pool(Protocol):
 def _ray(config: EvalConfig, address: str | None) -> Iterator[None]:
     if address is None:
         prepare_ray()
-    import psutil
     import ray
 
     own = not ray.is_initialized()
@@ -121,15 +120,7 @@ def _ray(config: EvalConfig, address: str | None) -> Iterator[None]:
             first_line = str(error).strip().split("\n")[0]
             raise Unavailable(f"no Ray cluster answers at {address}: {first_line}") from error
     elif own:
-        workers = config.workers
-        ray.init(
-            address="local",
-            num_cpus=max(psutil.cpu_count() or 1, int(workers.count * workers.cpus) + 1),
-            include_dashboard=False,
-            object_store_memory=150_000_000,
-            log_to_driver=False,
-            logging_level="WARNING",
-        )
+        start_ray(config.workers.count * config.workers.cpus + 1)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ import psutil
 
 from segcore import errors
 from segcore.errors import SegcoreError, Unavailable
-from services.local_ray import prepare_ray
+from services.local_ray import prepare_ray, start_ray
 from services.serving.config import ServeConfig
 
 
@@ -33,14 +33,7 @@ def local_service(config: ServeConfig) -> Iterator[str]:
     config = _with_resources(config, one_node=own_ray)
     application = build(config)
     if own_ray:
-        ray.init(
-            address="local",  # whatever else runs here
-            num_cpus=max(psutil.cpu_count() or 1, config.replicas + 1),
-            include_dashboard=False,
-            object_store_memory=150_000_000,
-            log_to_driver=False,
-            logging_level="WARNING",
-        )
+        start_ray(config.replicas + 1)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         _start_serve(config)

@@ -10,6 +10,7 @@ import json
 import secrets
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
@@ -86,8 +87,8 @@ class _Common(BaseModel):
     logit_bias: None = None
 
     @property
-    def wanted_logprobs(self) -> int | None:
-        raise NotImplementedError
+    @abstractmethod
+    def wanted_logprobs(self) -> int | None: ...
 
     def sampling(self, default_tokens: int) -> SamplingParams:
         """Raises InvalidRequest. Defaults are the API's: temperature 1, and another seed each time."""
@@ -194,7 +195,7 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "segcore"}
 
 
-class _Shape:
+class _Shape(ABC):
     """How an answer is written down; one for each request."""
 
     id_prefix: str
@@ -204,11 +205,11 @@ class _Shape:
     def __init__(self, model: str) -> None:
         self.common = {"id": self.id_prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
 
-    def choice(self, text: str, logprobs: list[TokenLogprob] | None) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def choice(self, text: str, logprobs: list[TokenLogprob] | None) -> dict[str, Any]: ...
 
-    def delta(self, text: str, logprobs: list[TokenLogprob] | None, first: bool) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def delta(self, text: str, logprobs: list[TokenLogprob] | None, first: bool) -> dict[str, Any]: ...
 
 
 class _Chat(_Shape):

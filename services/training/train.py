@@ -17,7 +17,7 @@ from typing import Any
 
 from segcore.errors import AlreadyExists, NotFound, SegcoreError
 from services.follow import tell
-from services.local_ray import prepare_ray
+from services.local_ray import prepare_ray, start_ray
 from services.training.config import TrainConfig
 from services.training.folders import export, latest, publish
 from services.training.picture import draw
@@ -178,21 +178,13 @@ def main() -> int:
 def _connect(config: TrainConfig, *, local: bool) -> None:
     if local:
         prepare_ray()
-    import psutil
     import ray
     import torch  # noqa: F401  # before Ray has threads: imported later, its MKL has been seen to end the process
 
     if not local:
         ray.init(logging_level="WARNING")
         return
-    cores = psutil.cpu_count() or 1
-    ray.init(
-        address="local",
-        num_cpus=max(cores, round(config.workers.most * config.workers.cpus)),
-        include_dashboard=False,
-        object_store_memory=150_000_000,
-        logging_level="WARNING",
-    )
+    start_ray(config.workers.most * config.workers.cpus, log_to_driver=True)
 
 
 if __name__ == "__main__":
