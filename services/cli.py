@@ -140,6 +140,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     where = train.add_mutually_exclusive_group()
     where.add_argument("--address", help="a Ray cluster, http://... or ray://...; default: $RAY_ADDRESS, this machine")
     where.add_argument("--local", action="store_true", help="on this machine, on a Ray of its own, until it ends")
+    where.add_argument("--no-ray", action="store_true", help="on this machine, by one worker without Ray")
     train.add_argument("--detach", action="store_true", help="submit, and don't follow")
     train.set_defaults(run=_train)
 
@@ -237,7 +238,9 @@ def _lm_eval(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from services.training.commands import train
 
-    return train(options.words, address=options.address, local=options.local, detach=options.detach)
+    return train(
+        options.words, address=options.address, local=options.local, no_ray=options.no_ray, detach=options.detach
+    )
 
 
 def _config(options: argparse.Namespace, **given: int | None) -> ServeConfig:
