@@ -44,4 +44,5 @@ def appear(config: TrainConfig, metrics: dict[str, float], folder: Path | None, 
 
 def ranked(run: Path) -> list[Path]:
     """A run's checkpoints by their loss in evaluation; without one, and among equals, the later ones first."""
-    return sorted(reversed(checkpoints(run)), key=lambda path: Progress.read(path).metrics.get("eval_loss", 0.0))
+    newest_first = checkpoints(run)[::-1]
+    return sorted(newest_first, key=lambda path: Progress.read(path).metrics.get("eval_loss", 0.0))
