@@ -36,7 +36,7 @@ class Sessions(Catalog):
     def __init__(
         self, model: LoadedModel, engine: Engine, config: ServeConfig, directory: Directory | None = None
     ) -> None:
-        super().__init__(model, engine, directory or open_directory(config.sessions), config)
+        super().__init__(model, engine, directory or open_directory(config.sessions, config.encryption_keys), config)
         self._documents = Documents(model, engine, self._lives, config)
         self._answers = Answers(model, engine, self._lives)
 
