@@ -16,12 +16,13 @@ from services.training.train import check_start
 MODULE = "services.training.train"
 
 
-def run_locally(config: TrainConfig, console: Console, *, resume: bool = False) -> int:
-    """Run on this machine, on a Ray of its own, until it ends; its whole log is kept in the run's folder."""
+def run_locally(config: TrainConfig, console: Console, *, resume: bool = False, ray: bool = True) -> int:
+    """Run on this machine, on a Ray of its own or without one, until it ends; its log is kept in the run's folder."""
     check_start(config, resume=resume)
     config.folder.mkdir(parents=True, exist_ok=True)
     with jobs.written(config.to_json()) as file, open(config.folder / "log.txt", "a", buffering=1) as log:
-        command = [sys.executable, "-m", MODULE, str(file), "--local", *(["--resume"] if resume else [])]
+        command = [sys.executable, "-m", MODULE, str(file), "--local" if ray else "--no-ray"]
+        command += ["--resume"] if resume else []
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
             status = follow(process.stdout, console, log.write)
