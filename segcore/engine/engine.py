@@ -39,6 +39,7 @@ from segcore.fingerprint import Fingerprint, segment_json, weights_digest
 from segcore.memory import engine_bytes
 from segcore.model import CausalLM
 from segcore.pastkv.base import PastLayout
+from segcore.pastkv.format import Cipher
 from segcore.pastkv.manager import PastKVManager
 from segcore.pastkv.session import SessionPast
 from segcore.state import State
@@ -90,9 +91,12 @@ class EngineLoad:
 
 
 class Engine:
-    """Runs streams of tokens through F. Start it by creating it; end it with `shutdown`."""
+    """Runs streams of tokens through F. Start it by creating it; end it with `shutdown`.
 
-    def __init__(self, model: CausalLM, config: EngineConfig) -> None:
+    cipher: encrypts past KV outside of memory.
+    """
+
+    def __init__(self, model: CausalLM, config: EngineConfig, cipher: Cipher | None = None) -> None:
         self.config, self.spec = config, model.spec
         self._runner = apart(lambda: Runner(model, config.segment, config.attention))
         self.fingerprint = Fingerprint(
@@ -103,7 +107,7 @@ class Engine:
             dtype=str(model.spec.dtype),
             segment=segment_json(config.segment),
         )
-        self._past = PastKVManager(config.cache, self.fingerprint, model.spec.device)
+        self._past = PastKVManager(config.cache, self.fingerprint, model.spec.device, cipher)
         self._scheduler = Scheduler(config)
         self._sessions: dict[str, Session] = {}
         self._blank = apart(lambda: pack(self._runner.begin()))

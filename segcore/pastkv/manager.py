@@ -30,7 +30,7 @@ from segcore.errors import BlockDamaged, BlockMismatch, BlockMissing, ConfigErro
 from segcore.fingerprint import Fingerprint
 from segcore.pastkv.base import Block, BlockHead, PastLayout, Tier, nbytes
 from segcore.pastkv.directory import LocalDisk, SharedDirectory
-from segcore.pastkv.format import BlockFormat
+from segcore.pastkv.format import BlockFormat, Cipher
 from segcore.pastkv.guard import Guard
 from segcore.pastkv.journal import root_key
 from segcore.pastkv.memory import MemoryTier, RowCache, Rows
@@ -69,9 +69,11 @@ class PastKVManager:
         config: CacheConfig,
         fingerprint: Fingerprint | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+        cipher: Cipher | None = None,
     ) -> None:
+        self._cipher = cipher
         self.device, self._config, self._fingerprint = device, config, fingerprint or Fingerprint()
-        blocks = BlockFormat(self._fingerprint)
+        blocks = BlockFormat(self._fingerprint, cipher)
         self._device = MemoryTier("device", config.device_bytes, device) if config.device_bytes else None
         self._host = MemoryTier("host", config.host_bytes, torch.device("cpu"))
         self._disk = None if config.directory is None else LocalDisk(config.directory, blocks, config.disk_bytes)
@@ -93,8 +95,13 @@ class PastKVManager:
         self._closing = False
 
     def open_stream(self, layout: PastLayout | None, tenant: str = "") -> SessionPast:
-        """An empty past for a new stream. Streams of different tenants share nothing."""
-        return SessionPast(self, layout, root_key(self._fingerprint.digest, tenant))
+        """An empty past for a new stream. Streams of different tenants share nothing.
+
+        Raises FailedPrecondition for a tenant whose blocks should be encrypted, and can't be.
+        """
+        if self._cipher is not None:
+            self._cipher.check(tenant)
+        return SessionPast(self, layout, root_key(self._fingerprint.digest, tenant), tenant)
 
     @property
     def boundary_segments(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from segcore.errors import ConfigError, SegcoreError, Unavailable
 from services.evaluation.config import EvalConfig
+from services.evaluation.processes import Processes
 from services.evaluation.results import Key, Result, ResultFile
 from services.evaluation.tasks.base import Case, Suite
 from services.evaluation.tasks.registry import open_suites
@@ -61,11 +62,14 @@ class Plan:
         return {name: suite.digest for name, suite in self.suites.items()}
 
 
-def evaluate(config: EvalConfig, *, address: str | None = None, on_result: OnResult | None = None) -> Path:
+def evaluate(
+    config: EvalConfig, *, address: str | None = None, ray: bool = True, on_result: OnResult | None = None
+) -> Path:
     """Run to the end, or go on with a run that was stopped; returns its folder, with all results in it.
 
-    address: a Ray cluster's; None: a Ray of this process's own, unless one is connected. on_result is told how many
-    results there are, of how many, and the arm of the latest. Raises SegcoreError.
+    address: a Ray cluster's; None: a Ray of this process's own, unless one is connected. ray: False: workers are
+    processes of this machine. on_result is told how many results there are, of how many, and the arm of the latest.
+    Raises SegcoreError.
     """
     plan = Plan.of(config)
     check_settings(plan)
@@ -75,8 +79,8 @@ def evaluate(config: EvalConfig, *, address: str | None = None, on_result: OnRes
             raise ConfigError(f"{results.path} has results of other cases, such as {sorted(unknown)[0]}")
         told(len(results.results), len(plan.keys), "")
         if left := results.left(plan.keys):
-            with _ray(config, address):
-                for result in dealt(plan, left, _Pool(config)):
+            with _ray(config, address) if ray else nullcontext():
+                for result in dealt(plan, left, _Pool(config) if ray else Processes(config)):
                     results.add(result)
                     told(len(results.results), len(plan.keys), result["arm"])
         assert set(results.results) == set(plan.keys), "a case was lost"

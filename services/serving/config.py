@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import yaml
@@ -14,6 +14,9 @@ from segcore.adapter import Adapter
 from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig
 from segcore.errors import ConfigError
 from segcore.presets import DEFAULT_MODEL, cache_directory, model_segment
+
+if TYPE_CHECKING:
+    from segcore.pastkv.format import Cipher
 
 
 class AutoscalingSettings(BaseModel):
@@ -55,8 +58,10 @@ class ServeConfig(BaseModel):
     sessions: the directory of sessions, a SQLite file or the address of a Redis server; session_ttl_s: how long one is
     kept after its last call, None: for ever. lease_s: how long others wait for a replica that is gone. slice_s: the
     longest a call keeps a replica from ending. redis_password: a file, on the engines, with the password of Redis
-    servers that are named without one. changed_sessions: what becomes of sessions that were begun with another
-    model, adapter or policy: "refuse" them, or "recompute" their past from their tokens.
+    servers that are named without one. encryption_keys: a file, on the engines, of keys for what is kept of sessions
+    and past KV outside of memory (see encryption.py); None: it isn't encrypted. changed_sessions: what becomes of
+    sessions that were begun with another model, adapter or policy: "refuse" them, or "recompute" their past from their
+    tokens.
     window_bytes: what a client may send beyond what is committed; it bounds what waits when the last byte is sent, and
     so the time to the first token.
     """
@@ -99,6 +104,7 @@ class ServeConfig(BaseModel):
     lease_s: float = Field(default=5.0, gt=0)
     slice_s: float = Field(default=5.0, gt=0)
     redis_password: Path | None = None
+    encryption_keys: Path | None = None
     changed_sessions: Literal["refuse", "recompute"] = "refuse"
     attention: str = "auto"
     slots: int = Field(default=8, ge=1)
@@ -142,6 +148,14 @@ class ServeConfig(BaseModel):
         return self.model_copy(
             update={name: lacking.sub(rf"\g<1>:{password}@", place) for name, place in places.items()}
         )
+
+    def cipher(self) -> Cipher | None:
+        """What past KV is encrypted with. Raises ConfigError."""
+        if self.encryption_keys is None:
+            return None
+        from services.serving.encryption import Keys
+
+        return Keys.read(self.encryption_keys)
 
     def engine_config(self) -> EngineConfig:
         """The engine's part. Raises as `segment_config` does."""

@@ -47,7 +47,7 @@ class EngineDeployment:
             torch.set_num_threads(config.threads)
         self._config = config = config.with_password()
         self._model = segcore.load_model(config.model, dtype=config.dtype, device=config.device, adapter=config.adapter)
-        self._engine = segcore.Engine(self._model.lm, self._model.identified(config.engine_config()))
+        self._engine = segcore.Engine(self._model.lm, self._model.identified(config.engine_config()), config.cipher())
         self._sessions = Sessions(self._model, self._engine, config)
         self._completions = Completions(self._model, self._engine, self._sessions.room)
         self._runs = True

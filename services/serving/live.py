@@ -245,7 +245,8 @@ class Lives:
             live.interrupted = _future()
         if live.trusted and (lease, stored.generation) == (live.lease, live.generation):
             return
-        live.trusted, live.ending = False, None
+        # The lease is given back even if what comes with it can't be read.
+        live.trusted, live.ending, live.lease = False, None, lease
         await self.let_go(live)
         record = Record.read(stored.record)
         live.given = array("i")
@@ -254,7 +255,7 @@ class Lives:
             for entry in rest:
                 live.given.extend(Entry.read(entry).tokens)
         live.record, live.tokens = record, record.tokens + len(live.given)
-        live.generation, live.entries, live.lease, live.trusted = stored.generation, stored.entries, lease, True
+        live.generation, live.entries, live.trusted = stored.generation, stored.entries, True
 
     async def reside(self, live: Live) -> None:
         """See that the engine has the session; it is claimed. Raises FailedPrecondition, Busy, and as `_load` does."""

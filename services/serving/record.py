@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from segcore.errors import AlreadyExists, SessionLost
+from segcore.errors import AlreadyExists, FailedPrecondition, SessionLost
 from segcore.sampling import FinishReason
 
 # How many calls with a request_id a session remembers.
 MOST_REQUESTS = 64
+# What every encrypted value begins with.
+ENCRYPTED = b"segcrypt"
 _HEAD = struct.Struct("<IIIi")
 
 
@@ -95,7 +97,9 @@ class Record(_Model):
 
     @classmethod
     def read(cls, data: bytes) -> Record:
-        """Raises SessionLost."""
+        """Raises SessionLost, and FailedPrecondition for what is encrypted still."""
+        if data.startswith(ENCRYPTED):
+            raise FailedPrecondition("the session is encrypted, and this service has no encryption_keys")
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:

@@ -61,7 +61,7 @@ class Sessions:
         self, model: LoadedModel, engine: Engine, config: ServeConfig, directory: Directory | None = None
     ) -> None:
         self._model, self._engine, self._config = model, engine, config
-        self._directory = directory or open_directory(config.sessions)
+        self._directory = directory or open_directory(config.sessions, config.encryption_keys)
         self._lives = Lives(model, engine, self._directory, config)
         self._documents = Documents(model, engine, self._lives, config)
         self._answers = Answers(model, engine, self._lives)
