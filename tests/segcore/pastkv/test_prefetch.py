@@ -10,8 +10,20 @@ import torch
 
 from segcore.errors import BlockMissing
 from segcore.pastkv.directory import DirectoryTier
-from segcore.pastkv.manager import ROWS_SHARE
-from tests.segcore.blocks import BLOCK_BYTES, LAYOUT, TOKENS, bulk, close_segment, everything, gathers, same, stream_of
+from segcore.pastkv.manager import HEADS_AHEAD, READERS, ROWS_SHARE
+from tests.segcore.blocks import (
+    BLOCK_BYTES,
+    LAYOUT,
+    TOKENS,
+    boundary,
+    bulk,
+    close_segment,
+    everything,
+    gathers,
+    same,
+    same_tensors,
+    stream_of,
+)
 
 
 def slower_only(make_past, tmp_path, seeds=4, **options):
@@ -122,3 +134,25 @@ def test_a_stream_that_ends_during_prefetch_leaves_nothing(make_past, tmp_path):
     stream.truncate(0)
     past.check_integrity()
     assert past.host_bytes == 0
+
+
+def test_heads_are_read_ahead_of_their_use(make_past, tmp_path, monkeypatch):
+    """A stream is taken up from a slow tier with several reads at once; what isn't asked for any more isn't read."""
+    first = make_past(shared=str(tmp_path))
+    keys = stream_of(first, *range(20)).keys
+    first.settle()
+    past, inside, read, head = make_past(shared=str(tmp_path)), threading.Barrier(READERS), [], DirectoryTier.head
+
+    def slowly(tier, key):
+        read.append(key)
+        if len(read) <= READERS:
+            inside.wait(30)  # all of them, or none gets on
+        return head(tier, key)
+
+    monkeypatch.setattr(DirectoryTier, "head", slowly)
+    heads = past.heads(keys)
+    for seed in range(3):
+        assert same_tensors(next(heads).boundary, boundary(seed))
+    heads.close()
+    past.settle()
+    assert set(keys[:3]) <= set(read) <= set(keys[: 3 + HEADS_AHEAD])
