@@ -70,7 +70,8 @@ class EngineStats:
     slots: states on the device. queued_sessions: have work and no slot. queued_tokens: wait to be run. counts: of what
     was done since the start: "tokens.prefill", "tokens.decode", "segments.run", "segments.adopted", "restored.found",
     "restored.lost", "restored.recomputed" (segments of streams that were taken up again: past KV was there, wasn't, or
-    was slower to have than to make), "recoveries".
+    was slower to have than to make), "recoveries", "index.chosen", "index.found" (tokens that the oracle chose in
+    searches that were looked at, and those of them that the index found).
     """
 
     sessions: int
@@ -322,7 +323,7 @@ class Engine:
                 slots=len(slots),
                 queued_sessions=sum(session.id not in slots for session in busy),
                 queued_tokens=sum(len(session.pending) for session in self._sessions.values()),
-                counts=dict(self._steps.counts),
+                counts={**self._steps.counts, **self._runner.policy.recall.counts},
             )
 
     def load(self) -> EngineLoad:

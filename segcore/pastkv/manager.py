@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -40,6 +41,7 @@ from segcore.pastkv.session import SessionPast
 from segcore.pastkv.transfer import Transfer
 from segcore.pinned import within_reach
 from segcore.rate import Pace, Rate
+from segcore.tracing import span
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -287,7 +289,8 @@ class PastKVManager:
         ahead, rest = deque[Future[BlockHead]](), iter(keys)
         try:
             while True:
-                ahead.extend(self._reader.submit(self.head, key) for key in islice(rest, HEADS_AHEAD - len(ahead)))
+                for key in islice(rest, HEADS_AHEAD - len(ahead)):
+                    ahead.append(self._reader.submit(copy_context().run, self.head, key))
                 if not ahead:
                     return
                 yield ahead.popleft().result()
@@ -535,7 +538,8 @@ class PastKVManager:
         failure: PastKVError = BlockMissing(f"block {key} isn't held anywhere")
         for tier in self._slower:
             try:
-                found = self._guard.attempt(tier, read)
+                with span("past KV read", tier=tier.name, block=key):
+                    found = self._guard.attempt(tier, read)
             except BlockMissing:
                 self._lost(tier, key)
             except (BlockDamaged, BlockMismatch) as error:

@@ -7,6 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from segcore.errors import BlockMissing
 from segcore.pastkv.directory import DirectoryTier
@@ -156,3 +160,20 @@ def test_heads_are_read_ahead_of_their_use(make_past, tmp_path, monkeypatch):
     heads.close()
     past.settle()
     assert set(keys[:3]) <= set(read) <= set(keys[: 3 + HEADS_AHEAD])
+
+
+def test_reads_of_slower_tiers_are_in_their_callers_trace(make_past, tmp_path, monkeypatch):
+    first = make_past(shared=str(tmp_path))
+    keys = stream_of(first, *range(3)).keys
+    first.settle()
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    past = make_past(shared=str(tmp_path))
+    past.head(keys[0])  # nobody traces
+    assert not exporter.get_finished_spans()
+    with provider.get_tracer("test").start_as_current_span("caller") as caller:
+        assert len(list(past.heads(keys))) == 3
+    reads = [span for span in exporter.get_finished_spans() if span.name == "past KV read"]
+    assert {span.attributes["block"] for span in reads} == set(keys)
+    assert {(span.attributes["tier"], span.parent.span_id) for span in reads} == {("shared", caller.context.span_id)}

@@ -72,7 +72,8 @@ def replica(pipe: Connection, config: ServeConfig, jobs: dict[str, tuple[bytes, 
     async def bring(sessions: Sessions, name: str, document: bytes, known: list[int]) -> None:
         with suppress(AlreadyExists):
             await sessions.create("", name)
-        await upload(sessions, name, document)
+        if not any(uploaded.finished for uploaded in (await sessions.get("", name)).documents):
+            await upload(sessions, name, document)
         for i, params in enumerate(ANSWERS):
             parts = sessions.generate("", name, QUESTION, params, request_id=f"answer-{i}", after=known[i])
             async for part in parts:
