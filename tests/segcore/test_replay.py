@@ -10,12 +10,14 @@ import torch
 from segcore.config import CacheConfig
 from segcore.engine.engine import Engine
 from segcore.engine.replay import journal_of
+from segcore.engine.speed import Speed
 from tests.conftest import VOCABULARY
 from tests.segcore.engines import SECONDS, ask, engine_of, generation
 from tests.segcore.test_engine_sessions import POLICIES
 from tests.segcore.test_invariants import MATRIX
 
 STREAM = torch.randint(0, VOCABULARY, (120,), generator=torch.Generator().manual_seed(5)).tolist()
+SPEED_SECONDS = Speed.seconds  # before the suite does without it
 SAMPLED = {"temperature": 1.0, "seed": 9}
 
 
@@ -102,9 +104,10 @@ def test_a_stream_of_which_nothing_has_run(make_engine):
 
 
 @pytest.mark.parametrize("quicker", ["restoring", "running"])
-def test_what_is_quicker_is_done(make_engine, tmp_path, quicker):
+def test_what_is_quicker_is_done(make_engine, tmp_path, quicker, monkeypatch):
     """Blocks that are there are taken up, or their segments run again, by what either took of late; the stream is the
     same."""
+    monkeypatch.setattr(Speed, "seconds", SPEED_SECONDS)
     cache = CacheConfig(shared=str(tmp_path))
     first = make_engine(cache=cache)
     tokens, stops = live(first)

@@ -14,6 +14,8 @@ from services.serving.config import ServeConfig
 from tests.services.serving import killed
 from tests.services.serving.conftest import DOCUMENT
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 KILLS = 20
 DOCUMENTS = [DOCUMENT, DOCUMENT.replace(b"Entry", b"Place")]
 Answers = dict[str, list[str]]
