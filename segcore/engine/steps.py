@@ -25,7 +25,8 @@ from segcore.engine.runner import Runner
 from segcore.engine.sampler import logprobs, sample
 from segcore.engine.snapshot import pack, unpack
 from segcore.engine.speed import Speed
-from segcore.errors import PastKVError, SegcoreError, SessionFailed, StorageFull
+from segcore.errors import LimitExceeded, PastKVError, SegcoreError, SessionFailed, StorageFull
+from segcore.memory import is_out_of_memory
 from segcore.pastkv.session import SessionPast
 from segcore.sampling import FinishReason
 from segcore.segments import tokens_to_next_cut
@@ -211,6 +212,8 @@ class Steps:
         return None
 
     def _end(self, session: Session, error: Exception) -> None:
+        if is_out_of_memory(error):
+            error = LimitExceeded(f"memory for this session is used up: {error}")
         if not isinstance(error, SegcoreError):
             log.error("session %s failed", session.id, exc_info=error)
             error = SegcoreError("an internal error; the service's log has it")

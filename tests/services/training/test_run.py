@@ -131,6 +131,21 @@ def test_random_numbers_of_a_resumed_run_are_those_of_an_unbroken_one(config, mo
     assert curve(other) != curve(unbroken)
 
 
+def test_each_worker_has_random_numbers_of_its_own_at_each_step(config, monkeypatch):
+    run, seeds = Alone(config(steps=2)).run, []
+    monkeypatch.setattr(worker, "seed_everything", lambda *given: seeds.append(given))
+    batch = next(run.data.batches())
+    for rank in (0, 1):
+        run.workers.rank = rank
+        run.take_step(batch)
+    assert seeds == [(0, 0, 0), (0, 1, 1)]
+    drawn = []
+    for given in seeds + [(0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+        learners.seed_everything(*given)
+        drawn.append((random.random(), torch.rand(()).item()))
+    assert len({number for pair in drawn for number in pair}) == 10
+
+
 def until_killed(config):
     """What a process runs that is killed while it writes the second checkpoint."""
     torch.set_num_threads(1)
