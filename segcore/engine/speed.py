@@ -28,11 +28,11 @@ class Speed:
             yield
             self._rate.add(tokens, time.perf_counter() - began)
             return
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
         yield
-        ended.record()
-        self._running.append((tokens, began, ended))
+        last.record()
+        self._running.append((tokens, first, last))
         while self._running and self._running[0][2].query():
             count, first, last = self._running.popleft()
             self._rate.add(count, first.elapsed_time(last) / 1000)
