@@ -35,6 +35,7 @@ from segcore.errors import (
     Unavailable,
 )
 from segcore.text import DocumentEncoder
+from segcore.tracing import span
 from segcore.weights import LoadedModel
 from services.serving.answer import Answer
 from services.serving.config import ServeConfig
@@ -281,7 +282,8 @@ class Lives:
         live.resident, live.digest = True, found.digest
         replay = partial(self._engine.replay, live.key, found.tokens, found.stops, tenant=live.name.tenant)
         try:
-            await _to_its_end(replay)
+            with span("session taken up", tokens=len(found.tokens)):
+                await _to_its_end(replay)
         except BaseException:
             await self.let_go(live)
             raise
