@@ -67,8 +67,9 @@ class SessionStats:
 class EngineStats:
     """Memory of the engine apart from past KV, and past KV by tier, in bytes; what went wrong in tiers, by kind.
 
-    slots: states on the device. queued_sessions: have work and no slot. queued_tokens: wait to be run. counts: of what
-    was done since the start: "tokens.prefill", "tokens.decode", "segments.run", "segments.adopted", "restored.found",
+    slots: states on the device. working_sessions: have something to do; queued_sessions: those of them without a slot;
+    queued_tokens: theirs that wait to be run, of streams that are taken up again, too. counts: of what was done since
+    the start: "tokens.prefill", "tokens.decode", "segments.run", "segments.adopted", "restored.found",
     "restored.lost", "restored.recomputed" (segments of streams that were taken up again: past KV was there, wasn't, or
     was slower to have than to make), "recoveries", "index.chosen", "index.found" (tokens that the oracle chose in
     searches that were looked at, and those of them that the index found).
@@ -79,18 +80,10 @@ class EngineStats:
     past_bytes: dict[str, int]
     faults: dict[str, int]
     slots: int
+    working_sessions: int
     queued_sessions: int
     queued_tokens: int
     counts: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineLoad:
-    """What an engine has to do: sessions open, those at work, and their tokens that wait to be run."""
-
-    sessions: int
-    working: int
-    waiting_tokens: int
 
 
 class Engine:
@@ -314,25 +307,17 @@ class Engine:
     def stats(self) -> EngineStats:
         with self._changed:
             past, slots = self._past.used_bytes, self._scheduler.slots
-            busy = self._at_work()
+            working = self._at_work()
             return EngineStats(
                 sessions=len(self._sessions),
                 engine_bytes=engine_bytes(self.spec.device, past),
                 past_bytes=past,
                 faults=dict(self._past.faults),
                 slots=len(slots),
-                queued_sessions=sum(session.id not in slots for session in busy),
-                queued_tokens=sum(len(session.pending) for session in self._sessions.values()),
+                working_sessions=len(working),
+                queued_sessions=sum(session.id not in slots for session in working),
+                queued_tokens=sum(session.appended - session.state.length for session in working),
                 counts={**self._steps.counts, **self._runner.policy.recall.counts},
-            )
-
-    def load(self) -> EngineLoad:
-        with self._changed:
-            working = self._at_work()
-            return EngineLoad(
-                sessions=len(self._sessions),
-                working=len(working),
-                waiting_tokens=sum(session.appended - session.state.length for session in working),
             )
 
     def check_integrity(self, timeout_s: float = 60) -> None:
