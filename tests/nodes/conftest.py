@@ -26,7 +26,7 @@ from tests.conftest import SERVED_SEGMENT
 from tests.services.cluster import free_port
 
 STORE_BYTES = 80_000_000
-STARTS = 4
+STARTS = 8
 AGENTS = ("metrics_agent", "metrics_export", "dashboard_agent_listen", "runtime_env_agent")
 # Ray would take a minute to notice that a node says nothing, and give up on its own processes after half a minute, as
 # long as they may take to start on a busy machine.
