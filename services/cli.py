@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -95,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_eval(commands)
     _add_train(commands)
+    _add_study(commands)
     return parser
 
 
@@ -109,7 +111,9 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         ),
     )
     evaluation.add_argument("words", metavar="CONFIG.yaml | report | compare | follow | stop | list", nargs="+")
-    evaluation.add_argument(
+    where = evaluation.add_mutually_exclusive_group()
+    where.add_argument("--no-ray", action="store_true", help="workers are processes of this machine")
+    where.add_argument(
         "--address",
         help="a Ray cluster: its dashboard's, http://HOST:8265, for a job; auto or ray://HOST:10001 to work on it from"
         " here; default: a Ray of its own",
@@ -140,8 +144,19 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     where = train.add_mutually_exclusive_group()
     where.add_argument("--address", help="a Ray cluster, http://... or ray://...; default: $RAY_ADDRESS, this machine")
     where.add_argument("--local", action="store_true", help="on this machine, on a Ray of its own, until it ends")
+    where.add_argument("--no-ray", action="store_true", help="on this machine, by one worker without Ray")
     train.add_argument("--detach", action="store_true", help="submit, and don't follow")
     train.set_defaults(run=_train)
+
+
+def _add_study(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    study = commands.add_parser("study", help="train and judge arms that are told apart in one file")
+    study.add_argument("file", type=Path, metavar="STUDY.yaml")
+    study.add_argument("--arms", nargs="+", metavar="ARM", help="these alone; default: all")
+    study.add_argument("--jobs", type=_positive, default=1, metavar="N", help="arms at a time; default: 1")
+    study.add_argument("--minutes", type=float, default=1e6, help="then stop; the same command goes on")
+    study.add_argument("--no-ray", action="store_true", help="train and judge without Ray")
+    study.set_defaults(run=_study)
 
 
 def _positive(text: str) -> int:
@@ -223,7 +238,7 @@ def _memory(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     from services.evaluation.command import run_eval
 
-    return run_eval(options.words, options.address, detach=options.detach)
+    return run_eval(options.words, options.address, no_ray=options.no_ray, detach=options.detach)
 
 
 def _lm_eval(options: argparse.Namespace) -> int:
@@ -237,7 +252,22 @@ def _lm_eval(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from services.training.commands import train
 
-    return train(options.words, address=options.address, local=options.local, detach=options.detach)
+    return train(
+        options.words, address=options.address, local=options.local, no_ray=options.no_ray, detach=options.detach
+    )
+
+
+def _study(options: argparse.Namespace) -> int:
+    from services.study import Study, Work
+
+    until = time.monotonic() + 60 * options.minutes
+    study = Study.read(options.file)
+    if unknown := set(options.arms or ()) - set(study.arms):
+        raise ConfigError(f"{options.file} has no arm {', '.join(sorted(unknown))}; it has {', '.join(study.arms)}")
+    names = [name for name in study.arms if not options.arms or name in options.arms]
+    done = Work(study, ray=not options.no_ray, until=until).all(names, options.jobs)
+    print(f"{study.folder / 'study.md'}\n{(study.folder / 'study.md').read_text()}")
+    return 0 if done else 1
 
 
 def _config(options: argparse.Namespace, **given: int | None) -> ServeConfig:

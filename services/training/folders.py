@@ -67,8 +67,12 @@ def checkpoint_name(step: int) -> str:
 
 def latest(run: Path) -> Path | None:
     """The newest checkpoint in a run's folder. It is whole: `publish` renames it when it is."""
-    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return max(found, default=None)
+    return max(checkpoints(run), default=None)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Those in a run's folder, the newest last."""
+    return sorted(path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import sys
 
 from rich.console import Console
 
+from segcore.errors import AlreadyExists
 from services import jobs
 from services.training.config import TrainConfig
 from services.training.follow import follow
@@ -15,12 +16,13 @@ from services.training.train import check_start
 MODULE = "services.training.train"
 
 
-def run_locally(config: TrainConfig, console: Console, *, resume: bool = False) -> int:
-    """Run on this machine, on a Ray of its own, until it ends; its whole log is kept in the run's folder."""
+def run_locally(config: TrainConfig, console: Console, *, resume: bool = False, ray: bool = True) -> int:
+    """Run on this machine, on a Ray of its own or without one, until it ends; its log is kept in the run's folder."""
     check_start(config, resume=resume)
     config.folder.mkdir(parents=True, exist_ok=True)
     with jobs.written(config.to_json()) as file, open(config.folder / "log.txt", "a", buffering=1) as log:
-        command = [sys.executable, "-m", MODULE, str(file), "--local", *(["--resume"] if resume else [])]
+        command = [sys.executable, "-m", MODULE, str(file), "--local" if ray else "--no-ray"]
+        command += ["--resume"] if resume else []
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
             status = follow(process.stdout, console, log.write)
@@ -36,7 +38,12 @@ class Jobs(jobs.Jobs):
         super().__init__("train", address, otherwise="Name one with --address, or train here with --local")
 
     def submit(self, config: TrainConfig, *, resume: bool = False) -> str:
-        """Start a run; returns the job's name."""
+        """Start a run; returns the job's name. Raises AlreadyExists if it is running: two would write in one folder."""
+        for job in self.all():
+            if (job.metadata or {})["run"] == config.name and not job.status.is_terminal():
+                raise AlreadyExists(
+                    f"the run is on its way as {job.submission_id}: stop it, or give this one another name"
+                )
         return self.submit_module(MODULE, config.name, config.to_json(), *(["--resume"] if resume else []))
 
     def follow(self, job: str, console: Console) -> int:

@@ -116,13 +116,17 @@ def fit(config: TrainConfig, *, loop: Callable[[dict[str, Any]], Outcome] = trai
     if "error" in outcome:
         raise outcome["error"]
     checkpoint = result.get_best_checkpoint("eval_loss", "min") if scored else None
-    best = Path(checkpoint.path) if checkpoint is not None else latest(config.folder)
-    if best is not None:
-        target = config.folder / "export"
-        shutil.rmtree(target, ignore_errors=True)
-        export(best, target)
-        outcome |= {"checkpoint": best.name, "export": str(target), "picture": str(draw(config.folder))}
-    return outcome
+    return outcome | exported(config, Path(checkpoint.path) if checkpoint is not None else latest(config.folder))
+
+
+def exported(config: TrainConfig, best: Path | None) -> Outcome:
+    """Export a run's best checkpoint, if it has one, and draw its curve; what is told of it."""
+    if best is None:
+        return {}
+    target = config.folder / "export"
+    shutil.rmtree(target, ignore_errors=True)
+    export(best, target)
+    return {"checkpoint": best.name, "export": str(target), "picture": str(draw(config.folder))}
 
 
 def forget_damaged_list(run: Path) -> None:
@@ -158,14 +162,21 @@ def main() -> int:
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true")
     begin.add_argument("--retry", action="store_true", help="resume if there is a checkpoint, else start")
-    parser.add_argument("--local", action="store_true", help="on a Ray of its own")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--local", action="store_true", help="on a Ray of its own")
+    where.add_argument("--no-ray", action="store_true", help="by one worker, in this process")
     options = parser.parse_args()
     config = TrainConfig.model_validate_json(options.config.read_text())
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     try:
         check_start(config, resume=options.resume or (options.retry and latest(config.folder) is not None))
-        _connect(config, local=options.local)
-        tell(done=True, **fit(config))
+        if options.no_ray:
+            from services.training.alone import fit_alone
+
+            tell(done=True, **fit_alone(config))
+        else:
+            _connect(config, local=options.local)
+            tell(done=True, **fit(config))
     except SegcoreError as error:
         tell(error=error.message)
         return 1

@@ -1,0 +1,69 @@
+"""Workers as processes of this machine, for where Ray isn't: one case at a time each."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from segcore.errors import SegcoreError
+from services.evaluation.config import EvalConfig
+from services.evaluation.results import Key, Result
+from services.evaluation.tasks.base import Case
+from services.evaluation.worker import Worker
+
+# A process's end of the pipe: it takes (arm, case), and gives a result or what was raised.
+Peer = Connection
+
+
+class Processes:
+    """A pool, as `dealt` wants one. It ends with the process that made it."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        self._settings = config.model_dump(mode="json")
+        self._busy: dict[Peer, Key] = {}
+
+    def start(self, worker: Peer | None, key: Key, case: Case) -> None:
+        """Give a case to a worker that is idle, or to a new one."""
+        peer = worker or self._new()
+        peer.send((key[0], tuple(case)))
+        self._busy[peer] = key
+
+    def wait(self) -> tuple[Peer | None, Key, Result | None]:
+        """A worker that is done, and its result; None for both if it died. Raises what the worker raised."""
+        peer = next(p for p in wait(list(self._busy)) if isinstance(p, Connection))
+        key = self._busy.pop(peer)
+        try:
+            result: Result | Exception = peer.recv()
+        except (EOFError, ConnectionError):
+            return None, key, None
+        if isinstance(result, Exception):
+            raise result
+        return peer, key, result
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._busy)
+
+    def _new(self) -> Peer:
+        # Spawned, not forked: a GPU's context doesn't survive a fork.
+        context = mp.get_context("spawn")
+        ours, theirs = context.Pipe()
+        context.Process(target=work, args=(theirs, self._settings), daemon=True).start()
+        theirs.close()
+        return ours
+
+
+def work(peer: Peer, settings: dict[str, Any]) -> None:
+    """A worker's process: answers until nobody asks any more."""
+    worker: Worker | None = None
+    while True:
+        try:
+            arm, case = peer.recv()
+        except EOFError:
+            return
+        try:
+            worker = worker or Worker(settings)
+            peer.send(worker.run(arm, Case(*case)))
+        except SegcoreError as error:
+            peer.send(error)

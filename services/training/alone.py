@@ -1,0 +1,78 @@
+"""A run without Ray, on this machine: the same workers, checkpoints and export.
+
+One worker is this process; several are processes of its own, which share the GPUs there are: passes of a small model
+are launched more slowly than they are computed, so that a few workers on one GPU are quicker than one. What Ray would
+do besides is left out: a worker that dies ends the run, and `segcore train resume` goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from segcore.errors import SegcoreError
+from services.training.config import TrainConfig
+from services.training.folders import Progress, checkpoints, latest, publish
+from services.training.parallel import Workers
+from services.training.train import Outcome, exported
+from services.training.worker import Run
+
+
+def fit_alone(config: TrainConfig) -> Outcome:
+    """As `train.fit`, with the least number of workers. Raises SegcoreError."""
+    world = config.workers.least
+    if world == 1:
+        work(config, 0)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            errors: Any = mp.get_context("spawn").SimpleQueue()
+            mp.spawn(join, (config.to_json(), world, f"file://{folder}/meeting", errors), nprocs=world)
+            if not errors.empty():
+                raise errors.get()
+    found = ranked(config.folder)
+    progress = Progress.read(latest(config.folder) or found[0])
+    return {"step": progress.step, "metrics": progress.metrics, **exported(config, found[0])}
+
+
+def work(config: TrainConfig, rank: int) -> None:
+    """A worker's run."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    torch.set_num_threads(config.workers.threads or max(1, int(config.workers.cpus)))
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if config.workers.gpus else torch.device("cpu")
+    Run(config, Workers(), device, partial(appear, config)).train()
+
+
+def join(rank: int, settings: str, world: int, meeting: str, errors: Any) -> None:
+    """A worker's process: what fails on one fails on all, and the first tells it."""
+    # Gloo for GPUs too: NCCL won't have two workers on one of them.
+    dist.init_process_group("cpu:gloo,cuda:gloo", init_method=meeting, rank=rank, world_size=world)
+    try:
+        work(TrainConfig.model_validate_json(settings), rank)
+    except SegcoreError as error:
+        if rank == 0:
+            errors.put(error)
+    finally:
+        dist.destroy_process_group()
+
+
+def appear(config: TrainConfig, metrics: dict[str, float], folder: Path | None, name: str) -> None:
+    """Let a checkpoint appear, and delete those beyond what is kept: the best, as with Ray, and always the latest."""
+    if folder is not None:
+        publish(folder)
+        for path in ranked(config.folder)[config.checkpoints.keep :]:
+            if path != latest(config.folder):
+                shutil.rmtree(path)
+
+
+def ranked(run: Path) -> list[Path]:
+    """A run's checkpoints by their loss in evaluation; without one, and among equals, the later ones first."""
+    newest_first = checkpoints(run)[::-1]
+    return sorted(newest_first, key=lambda path: Progress.read(path).metrics.get("eval_loss", 0.0))
