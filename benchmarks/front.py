@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,20 @@ class StandIn:
     async def info(self) -> ServerInfo:
         return ServerInfo(**dict.fromkeys(ServerInfo.__dataclass_fields__, 0) | dict.fromkeys(_TEXTS, "x"))
 
-    async def get(self, tenant: str, session_id: str, *_: Any) -> SessionInfo:
+    async def get(self, *_: Any, **__: Any) -> SessionInfo:
         return SESSION
 
-    async def generate(self, tenant: str, session_id: str, *_: Any) -> AsyncIterator[AnswerPart]:
-        for _i in range(MESSAGES):
+    async def generate(self, *_: Any, **__: Any) -> AsyncIterator[AnswerPart]:
+        for _i in range(MESSAGES - 1):
             yield PART
+        yield LAST
 
 
 _TEXTS = ("version", "model", "architecture", "policy")
-PART = AnswerPart(text=" token")
-_OF_SESSION = {"session_id": "x", "model": "x", "create_time": 0.0, "documents": []}
-SESSION = SessionInfo(**dict.fromkeys(SessionInfo.__dataclass_fields__, 0) | _OF_SESSION)
+PART, LAST = AnswerPart(text=" token"), AnswerPart(text=" token", finish_reason="length")
+SESSION = SessionInfo(
+    session_id="x", model="x", create_time=0.0, processed_tokens=0, pending_tokens=0, segments=0, documents=[]
+)
 
 
 class Bare(stubs.SessionServiceServicer, stubs.GenerationServiceServicer):
@@ -93,7 +95,7 @@ async def measured(channel: grpc.aio.Channel) -> dict[str, float]:
         count = 1
         while await call.read() is not grpc.aio.EOF:
             count += 1
-        assert count >= MESSAGES, count
+        assert count == MESSAGES, count
         return (first - began) * 1e3, (time.perf_counter() - first) * 1e3 / (count - 1)
 
     async def many() -> None:
@@ -121,7 +123,7 @@ def run(mode: str) -> dict[str, float]:
         port = _port()
         server = subprocess.Popen([sys.executable, "-m", "benchmarks.front", "serve-bare", str(port)], cwd=ROOT)
         try:
-            return asyncio.run(_measure(_channel(port, None)))
+            return asyncio.run(measure(port))
         finally:
             server.kill()
             server.wait()
@@ -156,24 +158,24 @@ def _on_ray(mode: str, folder: Path) -> dict[str, float]:
                 grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=servicer_functions()),
             )
             serve.run(build(config, engine=StandIn, ingress=Ingress, quick={}), name="segcore", route_prefix="/")
-        return asyncio.run(_measure(_channel(config.grpc_port, certificate[0])))
+        return asyncio.run(measure(config.grpc_port, certificate[0]))
     finally:
         serve.shutdown()
         ray.shutdown()
 
 
-def _channel(port: int, certificate: Path | None) -> Callable[[], grpc.aio.Channel]:
-    address = f"127.0.0.1:{port}"
-    if certificate is None:
-        return lambda: grpc.aio.insecure_channel(address)
-    credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
-    return lambda: grpc.aio.secure_channel(address, credentials)
-
-
-async def _measure(open_channel: Callable[[], grpc.aio.Channel]) -> dict[str, float]:
-    async with open_channel() as channel:
+async def measure(port: int, certificate: Path | None = None) -> dict[str, float]:
+    """What a service on a port of this machine takes, over TLS if there is a certificate."""
+    async with _channel(port, certificate) as channel:
         await asyncio.wait_for(channel.channel_ready(), 30)
         return await measured(channel)
+
+
+def _channel(port: int, certificate: Path | None) -> grpc.aio.Channel:
+    address = f"127.0.0.1:{port}"
+    if certificate is None:
+        return grpc.aio.insecure_channel(address)
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(certificate.read_bytes()))
 
 
 def _certificate(folder: Path) -> tuple[Path, Path]:

@@ -1,94 +1,206 @@
-"""A service under load whose engine replicas are killed at random, and scaled 3 -> 1 -> 3: what was lost? Zero.
+"""A service under load whose replicas are killed at random, and scaled 3 -> 1 -> 3: what was lost? Zero.
 
-.venv/bin/python -m benchmarks.soak [--minutes 20] [--clients 4] [--replicas 3] [--sessions redis://...] [--model DIR]
+.venv/bin/python -m benchmarks.soak      # twenty minutes; writes benchmarks/results/soak.json, docs/soak.png
 
-Clients upload documents of several lengths and ask, greedy and sampled, over and over; every text is held against
-that of the first, undisturbed run. Ends with status 1 if a session, a byte or a token was lost, or the service has
-grown.
+Clients upload documents and ask, greedy and sampled, over and over; every text is held against that of an undisturbed
+run. Engines are killed while they work, and now and then the front. Past KV has too little room in memory and in the
+shared tier, so that some of it is restored and some run again. Clients make a call again until it succeeds, as long as
+it is answered UNAVAILABLE or RESOURCE_EXHAUSTED. Ends with status 1 if a session, a byte or a token was lost, or the
+service has grown. Nothing goes by how quick the machine is.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import random
 import signal
+import socket
+import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
+from typing import TypeVar
 
 import psutil
 
-from segcore.errors import SegcoreError
+from benchmarks.record import RESULTS, ROOT, Figure, records, write
+from segcore.errors import AlreadyExists, LimitExceeded, NotFound, SegcoreError, Unavailable
 from segcore.sampling import SamplingParams
 from services.serving.client import Client
 from services.serving.config import ServeConfig
 from services.serving.local import local_service
 
+COMMAND = "-m benchmarks.soak"
 TEXT = "\n\n".join(topics.topics.values())
-LENGTHS = (500, 6_000, 20_000)
+# Where in the text a document begins, and its length.
+DOCUMENTS = [(start, length) for length in (500, 2_000, 5_000) for start in (0, 100_000)]
 QUESTION = "What is the assert statement used for?"
 ANSWERS = (SamplingParams(max_tokens=40), SamplingParams(max_tokens=40, temperature=1.0, seed=7))
-KILL_EVERY_S = (5.0, 20.0)
-# The service's processes may take this much more at the end than when every kind of work had been done once.
-MOST_GROWTH = 1.25
+KILL_EVERY_S = (15.0, 50.0)
+# Every so many-th kill is the front's.
+FRONT_KILLS = 6
+# A call that fails for so long isn't made again: it is lost.
+GIVE_UP_S = 900.0
+SAMPLE_EVERY_S = 5.0
+# The service's processes may take this much more in the last third than in the one before.
+MOST_GROWTH = 1.1
+# Room for past KV in memory, and in the shared tier: less than all documents take.
+PAST_BYTES = 3 * 2**24
+T = TypeVar("T")
 
 
-def job(client: Client, length: int) -> list[str]:
-    """A session's whole life; its answers."""
-    session = client.create_session().session_id
-    client.upload(session, TEXT[:length])
-    texts = ["".join(part.text for part in client.generate(session, QUESTION, params)) for params in ANSWERS]
-    assert client.get_session(session).documents[0].committed_offset == len(TEXT[:length].encode())
-    client.delete_session(session)
-    return texts
+class Worker:
+    """A client's sessions, whose calls are made until they succeed. again: called each time that one is made again."""
+
+    def __init__(self, client: Client, name: str, again: Callable[[], None]) -> None:
+        self._client, self._name, self._again, self._sessions = client, name, again, 0
+
+    def job(self, start: int, length: int) -> list[str]:
+        """A session's whole life; its answers."""
+        self._sessions += 1
+        session, document = f"{self._name}-{self._sessions}", TEXT[start : start + length].encode()
+        self._surely(lambda: self._client.create_session(session), AlreadyExists)
+        self._surely(lambda: self._client.upload(session, document, document_id="document"))
+        texts = [self._answer(session, params, str(i)) for i, params in enumerate(ANSWERS)]
+        (uploaded,) = self._surely(lambda: self._client.get_session(session)).documents
+        assert (uploaded.committed_offset, uploaded.finished) == (len(document), True), uploaded
+        self._surely(lambda: self._client.delete_session(session), NotFound)
+        return texts
+
+    def _answer(self, session: str, params: SamplingParams, request_id: str) -> str:
+        """An answer, taken up where it broke."""
+        text, after = "", 0
+
+        def read() -> None:
+            nonlocal text, after
+            for part in self._client.generate(session, QUESTION, params, request_id=request_id, after_token=after):
+                text, after = text + part.text, part.token_index
+
+        self._surely(read)
+        return text
+
+    def _surely(self, call: Callable[[], T], done: type[SegcoreError] | None = None) -> T:
+        """Make a call until it succeeds. done: what a call raises that had succeeded without being answered."""
+        began, calls = time.monotonic(), 0
+        while True:
+            calls += 1
+            try:
+                return call()
+            except (Unavailable, LimitExceeded):
+                if time.monotonic() - began > GIVE_UP_S:
+                    raise
+                self._again()
+                time.sleep(1)
+            except SegcoreError as error:
+                if calls > 1 and done is not None and isinstance(error, done):
+                    return None  # type: ignore[return-value]
+                raise
 
 
-def engines() -> list[psutil.Process]:
-    """The engine tier's processes."""
+def processes(deployment: str, *, at_work: bool) -> list[psutil.Process]:
+    """A deployment's replicas. at_work: those that carry out a call; Serve gives up if it sees replicas die that
+    start."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "ServeReplica:segcore:engine" in " ".join(process.cmdline()):
-                found.append(process)
+            title = " ".join(process.cmdline())
         except psutil.Error:
             continue
+        if f"ServeReplica:segcore:{deployment}" in title and (not at_work or "handle_request" in title):
+            found.append(process)
     return found
 
 
-class Soak:
-    """Counts, and the threads that make them."""
+def resident_bytes(found: list[psutil.Process]) -> list[int]:
+    sizes = []
+    for process in found:
+        try:
+            sizes.append(process.memory_info().rss)
+        except psutil.Error:
+            continue
+    return sizes
 
-    def __init__(self, address: str, expected: dict[int, list[str]]) -> None:
-        self._address, self._expected = address, expected
+
+class Soak:
+    """Counts, samples, and the threads that make them."""
+
+    def __init__(self, address: str, expected: dict[tuple[int, int], list[str]]) -> None:
+        self._address, self._expected, self._began = address, expected, time.monotonic()
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
+        self.samples: list[dict[str, float]] = []
         self.over = threading.Event()
 
-    def work(self) -> None:
+    def work(self, number: int) -> None:
         with Client(self._address) as client:
+            worker = Worker(client, f"soak-{number}", lambda: self.count("calls made again"))
             while not self.over.is_set():
-                length = random.choice(LENGTHS)
+                document = random.choice(DOCUMENTS)
                 try:
-                    texts = job(client, length)
-                except (SegcoreError, AssertionError) as error:
-                    self.counts["sessions lost"] += 1
+                    texts = worker.job(*document)
+                except Exception as error:  # whatever it is, a session was lost
+                    self.count("sessions lost")
                     self.faults.append(f"{type(error).__name__}: {error}")
                     continue
-                self.counts["sessions"] += 1
-                different = sum(a != b for a, b in zip(texts, self._expected[length], strict=True))
-                self.counts["answers different"] += different
+                self.count("sessions")
+                for text, expected in zip(texts, self._expected[document], strict=True):
+                    if text != expected:
+                        self.count("answers different")
+                        self.faults.append(f"{document}: {text!r} instead of {expected!r}")
 
     def kill(self) -> None:
-        while not self.over.wait(random.uniform(*KILL_EVERY_S)):
-            running = engines()
+        for number in itertools.count(1):
+            if self.over.wait(random.uniform(*KILL_EVERY_S)):
+                return
+            front = number % FRONT_KILLS == 0
+            running = processes("ingress", at_work=False) if front else processes("engine", at_work=True)
             if running:
                 os.kill(random.choice(running).pid, signal.SIGKILL)
-                self.counts["kills"] += 1
+                self.count("fronts killed" if front else "engines killed")
+
+    def sample(self) -> None:
+        """Resident bytes of the service: of all but the engines, which come and go, and of the largest engine."""
+        mine = psutil.Process()
+        while not self.over.wait(SAMPLE_EVERY_S):
+            engines = processes("engine", at_work=False)
+            others = [p for p in [mine, *mine.children(recursive=True)] if p not in engines]
+            self.samples.append(
+                {
+                    "seconds": time.monotonic() - self._began,
+                    "service_bytes": sum(resident_bytes(others)),
+                    "engine_bytes": max(resident_bytes(engines), default=0),
+                    **self.counts,
+                }
+            )
+
+    def count(self, what: str) -> None:
+        self.counts[what] += 1
+
+    @property
+    def minutes(self) -> float:
+        """How long it has been going on."""
+        return (time.monotonic() - self._began) / 60
+
+    @property
+    def growth(self) -> float:
+        """Memory of the service without engines in the last third, to that in the third before."""
+        third, sizes = len(self.samples) // 3, [sample["service_bytes"] for sample in self.samples]
+        return statistics.median(sizes[-third:]) / statistics.median(sizes[third : 2 * third]) if third else 0.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def scale(config: ServeConfig, replicas: int) -> None:
@@ -99,78 +211,104 @@ def scale(config: ServeConfig, replicas: int) -> None:
     serve.run(build(config, replicas), name=APPLICATION, route_prefix="/")
 
 
+def soak(config: ServeConfig, given: argparse.Namespace) -> Soak:
+    """All of it, on a service of its own."""
+    with local_service(config) as address:
+        with Client(address) as client:
+            worker = Worker(client, "undisturbed", lambda: None)
+            expected = {document: worker.job(*document) for document in DOCUMENTS}
+        state = Soak(address, expected)
+        print("undisturbed answers are known", flush=True)
+        clients = [threading.Thread(target=state.work, args=(i,)) for i in range(given.clients)]
+        threads = [*clients, threading.Thread(target=state.kill), threading.Thread(target=state.sample)]
+        for thread in threads:
+            thread.start()
+        try:
+            for replicas in (1, given.replicas, given.replicas):
+                time.sleep(60 * given.minutes / 3)
+                print(f"after {state.minutes:.1f} minutes: {dict(state.counts)}", flush=True)
+                scale(config, replicas)
+        finally:
+            state.over.set()
+            for thread in threads:
+                thread.join()
+        with Client(address) as client:
+            state.counts["sessions left behind"] = len(list(client.list_sessions()))
+    return state
+
+
+def figures_of(state: Soak) -> list[Figure]:
+    counts = state.counts
+    targets = {
+        "sessions": None,
+        "engines killed": ">= 20",
+        "fronts killed": None,
+        "calls made again": None,
+        "sessions lost": "<= 0",
+        "answers different": "<= 0",
+        "sessions left behind": "<= 0",
+    }
+    made: list[Figure] = [("minutes", state.minutes, "min", ">= 20", None)]
+    made += [(name.replace(" ", "_"), counts[name], "", target, None) for name, target in targets.items()]
+    return [*made, ("service_memory_growth", state.growth, "ratio to the middle third", f"<= {MOST_GROWTH}", None)]
+
+
+def draw(samples: list[dict[str, float]]) -> None:
+    """docs/soak.png: the service's memory, and what has happened by then."""
+    import matplotlib.pyplot as plt
+
+    minutes = [sample["seconds"] / 60 for sample in samples]
+    figure, (memory, work) = plt.subplots(1, 2, figsize=(11, 3.6))
+    for name, label in (("service_bytes", "all but the engines"), ("engine_bytes", "largest engine")):
+        memory.plot(minutes, [sample[name] / 2**20 for sample in samples], label=label)
+    for name in ("sessions", "engines killed", "sessions lost", "answers different"):
+        work.plot(minutes, [sample.get(name, 0) for sample in samples], label=name)
+    for axes, label in ((memory, "resident MiB"), (work, "so far")):
+        axes.set(xlabel="minutes", ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "soak.png", dpi=110)
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--minutes", type=float, default=20)
     options.add_argument("--clients", type=int, default=4)
     options.add_argument("--replicas", type=int, default=3)
-    options.add_argument("--sessions")
-    options.add_argument("--model")
-    options.add_argument("--segment-tokens", type=int)
+    options.add_argument("--sessions", help="a directory of sessions, such as redis://...; else a file")
+    options.add_argument("--model", help="another than the default")
+    options.add_argument("--segment-tokens", type=int, default=256)
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = ServeConfig(
             replicas=given.replicas,
-            grpc_port=0,
-            http_port=0,
+            grpc_port=free_port(),
+            http_port=free_port(),
             threads=1,
             past_directory=folder / "past",
             past_shared=str(folder / "shared"),
-            past_host_bytes=2**30,
+            past_host_bytes=PAST_BYTES,
+            past_shared_bytes=PAST_BYTES,
             sessions=given.sessions or str(folder / "sessions.sqlite"),
             lease_s=2,
+            segment={"segment_tokens": given.segment_tokens},
             **({"model": given.model} if given.model else {}),
-            **({"segment": {"segment_tokens": given.segment_tokens}} if given.segment_tokens else {}),
         )
-        with local_service(config) as address:
-            return soak(config, address, given)
-
-
-def soak(config: ServeConfig, address: str, given: argparse.Namespace) -> int:
-    with Client(address) as client:
-        expected = {length: job(client, length) for length in LENGTHS}
-    state = Soak(address, expected)
-    threads = [threading.Thread(target=state.work) for _ in range(given.clients)]
-    threads.append(threading.Thread(target=state.kill))
-    for thread in threads:
-        thread.start()
-    third = 60 * given.minutes / 3
-    time.sleep(third)
-    scale(config, 1)
-    print(f"scaled to 1 replica: {dict(state.counts)}", flush=True)
-    time.sleep(third)
-    scale(config, given.replicas)
-    print(f"scaled to {given.replicas} replicas: {dict(state.counts)}", flush=True)
-    before = memory()
-    time.sleep(third)
-    state.over.set()
-    for thread in threads:
-        thread.join()
-    growth = memory() / before
-    with Client(address) as client:
-        left = len(list(client.list_sessions()))
-    counts = state.counts
-    print(f"{counts['sessions']} sessions with {len(ANSWERS)} answers each, {counts['kills']} replicas killed")
-    print(f"lost: {counts['sessions lost']} sessions; different: {counts['answers different']} answers")
-    print(f"left behind: {left} sessions; memory at the end: {growth:.2f} of that at two thirds")
+        state = soak(config, given)
+    figures = figures_of(state)
+    for figure, value, unit, target, _ in figures:
+        print(f"{figure}: {value:.4g} {unit} {target or ''}")
     for fault in state.faults[:10]:
         print(fault)
-    return int(bool(counts["sessions lost"] or counts["answers different"] or growth > MOST_GROWTH))
-
-
-def memory() -> int:
-    """Resident bytes of all processes of the service, engines excepted: those come and go."""
-    mine = psutil.Process()
-    killed = {process.pid for process in engines()}
-    total = 0
-    for process in [mine, *mine.children(recursive=True)]:
-        if process.pid not in killed:
-            try:
-                total += process.memory_info().rss
-            except psutil.Error:
-                continue
-    return total
+    whole = given.minutes >= 20
+    if whole:  # a shorter run is a trial
+        write("soak", records(" ".join([COMMAND, *sys.argv[1:]]), figures, ("ray", "grpcio")))
+        (RESULTS / "raw" / "soak.json").write_text(json.dumps(state.samples) + "\n")
+        draw(state.samples)
+    lost = ("sessions lost", "answers different", "sessions left behind")
+    return int(any(state.counts[what] for what in lost) or (whole and state.growth > MOST_GROWTH))
 
 
 if __name__ == "__main__":

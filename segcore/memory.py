@@ -43,6 +43,11 @@ CHECKSUM_BYTES, PAGE_TOKENS = 8, 16
 HEADER_BYTES = 1536
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device's memory is used up, or the host's, for which torch has no class."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def engine_bytes(device: torch.device, past_bytes: Mapping[str, int]) -> int:
     """Bytes that should not grow with the stream: weights, states and scratch.
 

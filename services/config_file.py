@@ -24,12 +24,17 @@ def read_config(path: Path, model: type[Model]) -> Model:
         text = path.read_text()
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
+        faults = [f"{path}:{line}: {fault}" for line, fault in _repeated(root)]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: {error.problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} isn't a readable configuration: {error}") from error
-    if faults := [f"{path}:{line}: {fault}" for line, fault in _repeated(root)]:
+    except RecursionError as error:
+        raise ConfigError(
+            f"{path} isn't a readable configuration: a part of it holds itself, or is nested too deeply"
+        ) from error
+    if faults:
         raise ConfigError("\n".join(faults))
     try:
         return model.model_validate({} if values is None else values, context={"folder": path.resolve().parent})

@@ -24,6 +24,8 @@ def prepare_ray() -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's own default lets workers give way to all else that runs here: beside one busy process they get a fraction.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 def start_ray(cpus: float, *, log_to_driver: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from segcore.sampling import SamplingParams
@@ -23,8 +24,10 @@ class ServedArm:
     def close(self) -> None:
         self._client.close()
 
-    def answers(self, item: Item, max_tokens: int, lead: Lead, truncate: bool) -> list[Answer]:
-        return [self._answer(item, turn, max_tokens, lead) for turn in item.turns]
+    def answers(self, item: Item, max_tokens: int, lead: Lead, truncate: bool, *, shared: bool = False) -> list[Answer]:
+        # What a service has run of a document it takes over by itself, so only the first turn's prefill is one.
+        answers = [self._answer(item, turn, max_tokens, lead) for turn in item.turns]
+        return [answers[0], *(replace(answer, prefill_s=None) for answer in answers[1:])]
 
     def _answer(self, item: Item, turn: Turn, max_tokens: int, lead: Lead) -> Answer:
         from services.evaluation.arms import Answer, asked

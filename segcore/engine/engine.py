@@ -11,6 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,7 @@ from segcore.fingerprint import Fingerprint, segment_json, weights_digest
 from segcore.memory import engine_bytes
 from segcore.model import CausalLM
 from segcore.pastkv.base import PastLayout
+from segcore.pastkv.format import Cipher
 from segcore.pastkv.manager import PastKVManager
 from segcore.pastkv.session import SessionPast
 from segcore.state import State
@@ -65,9 +67,12 @@ class SessionStats:
 class EngineStats:
     """Memory of the engine apart from past KV, and past KV by tier, in bytes; what went wrong in tiers, by kind.
 
-    slots: states on the device. queued_sessions: have work and no slot. queued_tokens: wait to be run. counts: of what
-    was done since the start: "tokens.prefill", "tokens.decode", "segments.run", "segments.adopted", "restored.found",
-    "restored.lost" (segments of streams that were taken up again), "recoveries".
+    slots: states on the device. working_sessions: have something to do; queued_sessions: those of them without a slot;
+    queued_tokens: theirs that wait to be run, of streams that are taken up again, too. counts: of what was done since
+    the start: "tokens.prefill", "tokens.decode", "segments.run", "segments.adopted", "restored.found",
+    "restored.lost", "restored.recomputed" (segments of streams that were taken up again: past KV was there, wasn't, or
+    was slower to have than to make), "recoveries", "index.chosen", "index.found" (tokens that the oracle chose in
+    searches that were looked at, and those of them that the index found).
     """
 
     sessions: int
@@ -75,24 +80,19 @@ class EngineStats:
     past_bytes: dict[str, int]
     faults: dict[str, int]
     slots: int
+    working_sessions: int
     queued_sessions: int
     queued_tokens: int
     counts: dict[str, int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineLoad:
-    """What an engine has to do: sessions open, those at work, and their tokens that wait to be run."""
-
-    sessions: int
-    working: int
-    waiting_tokens: int
-
-
 class Engine:
-    """Runs streams of tokens through F. Start it by creating it; end it with `shutdown`."""
+    """Runs streams of tokens through F. Start it by creating it; end it with `shutdown`.
 
-    def __init__(self, model: CausalLM, config: EngineConfig) -> None:
+    cipher: encrypts past KV outside of memory.
+    """
+
+    def __init__(self, model: CausalLM, config: EngineConfig, cipher: Cipher | None = None) -> None:
         self.config, self.spec = config, model.spec
         self._runner = apart(lambda: Runner(model, config.segment, config.attention))
         self.fingerprint = Fingerprint(
@@ -103,7 +103,7 @@ class Engine:
             dtype=str(model.spec.dtype),
             segment=segment_json(config.segment),
         )
-        self._past = PastKVManager(config.cache, self.fingerprint, model.spec.device)
+        self._past = PastKVManager(config.cache, self.fingerprint, model.spec.device, cipher)
         self._scheduler = Scheduler(config)
         self._sessions: dict[str, Session] = {}
         self._blank = apart(lambda: pack(self._runner.begin()))
@@ -247,7 +247,8 @@ class Engine:
                 past.truncate(0)
                 raise
             self._steps.counts["restored.found"] += past.segments
-            self._steps.counts["restored.lost"] += len(keys) - past.segments
+            slow = past.segments < len(keys) and past.restore_seconds(keys[past.segments]) is not None
+            self._steps.counts["restored.recomputed" if slow else "restored.lost"] += len(keys) - past.segments
             self._place(session, state)
             self._add(session)
 
@@ -306,25 +307,17 @@ class Engine:
     def stats(self) -> EngineStats:
         with self._changed:
             past, slots = self._past.used_bytes, self._scheduler.slots
-            busy = self._at_work()
+            working = self._at_work()
             return EngineStats(
                 sessions=len(self._sessions),
                 engine_bytes=engine_bytes(self.spec.device, past),
                 past_bytes=past,
                 faults=dict(self._past.faults),
                 slots=len(slots),
-                queued_sessions=sum(session.id not in slots for session in busy),
-                queued_tokens=sum(len(session.pending) for session in self._sessions.values()),
-                counts=dict(self._steps.counts),
-            )
-
-    def load(self) -> EngineLoad:
-        with self._changed:
-            working = self._at_work()
-            return EngineLoad(
-                sessions=len(self._sessions),
-                working=len(working),
-                waiting_tokens=sum(session.appended - session.state.length for session in working),
+                working_sessions=len(working),
+                queued_sessions=sum(session.id not in slots for session in working),
+                queued_tokens=sum(session.appended - session.state.length for session in working),
+                counts={**self._steps.counts, **self._runner.policy.recall.counts},
             )
 
     def check_integrity(self, timeout_s: float = 60) -> None:
@@ -406,13 +399,17 @@ class Engine:
         return unpack(snapshot.tensors, self._runner.policy), None if logits is None else logits.to(self.spec.device)
 
     def _regain(self, past: SessionPast, keys: Sequence[str]) -> bool:
-        """Take up a past's blocks again, as far as they are there without a gap; whether all are."""
-        for key in keys[past.segments :]:
-            try:
-                past.adopt(key)
-            except PastKVError as error:
-                log.warning("%s; running its tokens again", error.message)
-                return False
+        """Take up a past's blocks again, as far as that is quicker than to run them; whether all are there."""
+        lacking = keys[past.segments :]
+        with closing(past.heads(lacking)) as heads:
+            for key in lacking:
+                if not self._steps.restores(past, key):
+                    return False
+                try:
+                    past.adopt(key, next(heads))
+                except PastKVError as error:
+                    log.warning("%s; running its tokens again", error.message)
+                    return False
         return True
 
     def _place(self, session: Session, state: State) -> None:

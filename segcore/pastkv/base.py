@@ -47,13 +47,14 @@ class Block:
 
     key: a hash of everything the block depends on: fingerprint, tenant, and all tokens up to its end.
     kv_SC2D: keys and values. index: what later choices search. boundary: what else it takes to go on after this
-    segment; empty until the block is complete.
+    segment; empty until the block is complete. tenant: whose it is.
     """
 
     key: str
     kv_SC2D: Tensor
     index: dict[str, Tensor]
     boundary: dict[str, Tensor]
+    tenant: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,14 +46,34 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 ReadRanges = Callable[[Sequence[tuple[int, int]]], Sequence[bytes]]
 
 
-class BlockFormat:
-    """Writes and reads the blocks of one fingerprint."""
+class Cipher(Protocol):
+    """Encrypts blocks where they are kept outside of memory. Methods may be called from any thread."""
 
-    def __init__(self, fingerprint: Fingerprint) -> None:
-        self._fingerprint = fingerprint
+    def check(self, tenant: str) -> None:
+        """Raise FailedPrecondition for a tenant whose blocks can't be encrypted."""
+        ...
+
+    def encrypt(self, tenant: str, key: str, parts: Sequence[memoryview]) -> list[memoryview]:
+        """A block's bytes as they are stored. Raises as `check` does."""
+        ...
+
+    def decrypt(self, key: str, read: ReadRanges) -> ReadRanges:
+        """What reads a block's bytes, given what reads the stored ones.
+
+        It raises BlockMismatch for what was encrypted with a key that isn't known here, or not at all, BlockDamaged for
+        what isn't whole.
+        """
+        ...
+
+
+class BlockFormat:
+    """Writes and reads the blocks of one fingerprint; with a cipher, all of their bytes are encrypted."""
+
+    def __init__(self, fingerprint: Fingerprint, cipher: Cipher | None = None) -> None:
+        self._fingerprint, self._cipher = fingerprint, cipher
 
     def encode(self, block: Block) -> list[memoryview]:
-        """The file, in pieces; the tensors' bytes aren't copied."""
+        """The file, in pieces; the tensors' bytes aren't copied unless they are encrypted."""
         tensors = {_INDEX + name: tensor for name, tensor in block.index.items()}
         tensors |= {_BOUNDARY + name: tensor for name, tensor in block.boundary.items()}
         tensors[_KV] = block.kv_SC2D
@@ -73,10 +93,12 @@ class BlockFormat:
             dtype, shape = _NAMES[tensors[name].dtype], list(tensors[name].shape)
             entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, stop]}
             offset = stop
-        return [memoryview(_header(about, entries)), *data.values()]
+        parts = [memoryview(_header(about, entries)), *data.values()]
+        return parts if self._cipher is None else self._cipher.encrypt(block.tenant, block.key, parts)
 
     def head(self, key: str, read: ReadRanges) -> BlockHead:
         """Index and boundary. Raises BlockDamaged, BlockMismatch, and what `read` raises."""
+        read = self._plain(key, read)
         header = self._open(key, read)
         names = [name for name in header.entries if name != _KV]
         parts = read([header.range(name) for name in names])
@@ -92,6 +114,7 @@ class BlockFormat:
 
     def rows(self, key: str, read: ReadRanges, rows_n: Tensor) -> Tensor:
         """Rows of the bulk, [n, C, 2, D]. Reads and verifies whole pages. Raises as `head` does."""
+        read = self._plain(key, read)
         header = self._open(key, read)
         (start, stop), tokens = header.range(_KV), header.entries[_KV]["shape"][0]
         page_bytes = PAGE_TOKENS * (stop - start) // tokens
@@ -102,6 +125,9 @@ class BlockFormat:
             _verify(key, f"page {page}", part, header.pages[page])
         kv_nC2D = header.tensor(_KV, bytearray().join(parts))
         return kv_nC2D[page_n * PAGE_TOKENS + rows_n % PAGE_TOKENS]
+
+    def _plain(self, key: str, read: ReadRanges) -> ReadRanges:
+        return read if self._cipher is None else self._cipher.decrypt(key, read)
 
     def _open(self, key: str, read: ReadRanges) -> _Header:
         """The header, checked against what it should say."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class MemoryTier:
                 self.delete(key)
             if self._used_bytes + block.nbytes > self.budget_bytes:
                 raise StorageFull(f"{self.name} memory is full ({self._used_bytes} of {self.budget_bytes} bytes)")
-            self._blocks[block.key] = Block(block.key, kv_SC2D, block.index, block.boundary)
+            self._blocks[block.key] = replace(block, kv_SC2D=kv_SC2D)
             self._used_bytes += block.nbytes
 
     def get(self, key: str) -> Block:

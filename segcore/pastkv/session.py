@@ -5,7 +5,7 @@ Shapes: C cells, R retrieved tokens, S tokens of a segment, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,12 +26,12 @@ _NO_BOUNDARY = "no_boundary"
 class SessionPast:
     """One stream's past. Its blocks are shared with every stream that began in the same way.
 
-    root: the key before the first block. What later choices search is in `search`, or, where the layout makes none, in
-    `index`, one piece per closed segment.
+    root: the key before the first block. tenant: whose it is. What later choices search is in `search`, or, where the
+    layout makes none, in `index`, one piece per closed segment.
     """
 
-    def __init__(self, manager: PastKVManager, layout: PastLayout | None, root: str) -> None:
-        self._manager, self._layout, self.root = manager, layout, root
+    def __init__(self, manager: PastKVManager, layout: PastLayout | None, root: str, tenant: str = "") -> None:
+        self._manager, self._layout, self.root, self._tenant = manager, layout, root, tenant
         self.journal = Journal()
         self.index: list[dict[str, Tensor]] = []
         self.search = None if layout is None or layout.new_search is None else layout.new_search()
@@ -56,7 +56,7 @@ class SessionPast:
         key = self.journal.key(self.last_key, first, first + layout.segment_tokens)
         # On a GPU it comes to host memory with the block; what is read piece by piece, at once.
         own = _own(index) if self.search is None or not kv_SC2D.is_cuda else index
-        self._manager.prepare(Block(key, kv_SC2D.detach().contiguous(), own, {}), self._kept(own))
+        self._manager.prepare(Block(key, kv_SC2D.detach().contiguous(), own, {}, self._tenant), self._kept(own))
         self._take(key, own if self.search is None else index)
 
     @property
@@ -125,7 +125,7 @@ class SessionPast:
 
     def fork(self) -> SessionPast:
         """An independent past that shares this one's blocks."""
-        fork = SessionPast(self._manager, self._layout, self.root)
+        fork = SessionPast(self._manager, self._layout, self.root, self._tenant)
         fork.journal, fork._keys = self.journal.copy(), list(self._keys)
         if self.search is None:
             fork.index = [self._manager.share(key, index) for key, index in zip(self._keys, self.index, strict=True)]
@@ -135,19 +135,23 @@ class SessionPast:
                 self._manager.share(key, {})
         return fork
 
-    def adopt(self, key: str) -> dict[str, Tensor]:
+    def adopt(self, key: str, head: BlockHead | None = None) -> dict[str, Tensor]:
         """Continue with a block that another stream made of the same tokens; returns its boundary, or nothing.
 
-        Raises PastKVError; then nothing changes.
+        head: the block's, if it has been read already. Raises PastKVError; then nothing changes.
         """
-        head = self._manager.head(key)
+        head = head or self._manager.head(key)
         shared = self._manager.share(key, self._kept(head.index))
         self._take(key, head.index if self.search is not None else shared)
         return _boundary(head)
 
-    def available(self, key: str) -> bool:
-        """Whether a block can be had, as far as can be told without reading it."""
-        return self._manager.holds(key)
+    def heads(self, keys: Sequence[str]) -> Generator[BlockHead]:
+        """The heads of blocks that are adopted one by one, read ahead. Raises PastKVError; then it has ended."""
+        return self._manager.heads(keys)
+
+    def restore_seconds(self, key: str) -> float | None:
+        """How long it takes to adopt a block, 0 if that isn't known; None if it can't be had."""
+        return self._manager.restore_seconds(key)
 
     def boundary(self) -> dict[str, Tensor]:
         """The last block's boundary, empty if it has none. Raises PastKVError."""

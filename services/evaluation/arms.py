@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,11 +26,11 @@ from services.evaluation.generation import generate
 class Answer:
     """An answer, and what it took.
 
-    text: the lead not included. prompt_tokens, answer_tokens: of the stream. prefill_s: until the document had been
-    run. first_token_s: from the question to the answer's first token. answer_s: from there to its end. device_bytes,
-    past_bytes: at the answer's end. recall: share of the needed tokens that the answer's first pass could see, of those
-    that reading cells see; None where it isn't known. retrieved: texts of what was retrieved, for people.
-    truncated: the document was cut.
+    text: the lead not included. prompt_tokens, answer_tokens: of the stream. prefill_s, device_bytes: when the document
+    had been run, once for all questions about it. first_token_s: from the question to the answer's first token.
+    answer_s: from there to its end. past_bytes: at its end. recall: share of needed tokens that the answer's first pass
+    could see, of those that reading cells see; None where it isn't known. retrieved: texts of what was retrieved, for
+    people. truncated: the document was cut.
     """
 
     text: str
@@ -47,9 +47,14 @@ class Answer:
 
 
 class Arm(Protocol):
-    """Answers an item's turns, each as if it were the only one. Raises SegcoreError for what it can't answer."""
+    """Answers an item's turns, each as if it were the only one. Raises SegcoreError for what it can't answer.
 
-    def answers(self, item: Item, max_tokens: int, lead: Lead, truncate: bool) -> list[Answer]: ...
+    shared: other items have the same document, which may be kept for them.
+    """
+
+    def answers(
+        self, item: Item, max_tokens: int, lead: Lead, truncate: bool, *, shared: bool = False
+    ) -> list[Answer]: ...
 
     def close(self) -> None: ...
 
@@ -59,14 +64,28 @@ def asked(turn: Turn, lead: Lead) -> str:
     return f"{turn.question} {turn.lead}" if lead == "question" and turn.lead else turn.question
 
 
+@dataclass(frozen=True)
+class _Document:
+    """A document that has been run. session: of the engine. prefill_s, device_bytes: what that took."""
+
+    session: str
+    tokens: list[int]
+    prefill_s: float = 0.0
+    device_bytes: int = 0
+
+
 class EngineArm:
-    """A model under a policy, in an engine of its own."""
+    """A model under a policy, in an engine of its own. A document is run once for all questions about it.
+
+    Questions are asked in forks of its session; the last one, after which nobody needs it, in the session itself.
+    """
 
     def __init__(self, model: LoadedModel, segment: SegmentConfig, past_bytes: int) -> None:
-        # Nothing is taken over from earlier items: each is prefilled, and timed.
+        # Nothing is taken over from another document: each is prefilled, and timed.
         cache = CacheConfig(host_bytes=past_bytes, reuse=False)
         self._model, self._segment, self._past_bytes = model, segment, past_bytes
         self._device = model.lm.spec.device
+        self._document: _Document | None = None
         self._engine = Engine(model.lm, model.identified(EngineConfig(segment=segment, cache=cache, slots=2)))
 
     def close(self) -> None:
@@ -74,13 +93,14 @@ class EngineArm:
 
     def losses(self, text: str, tokens: int) -> list[float]:
         """Minus log likelihood of each of a text's first tokens but the very first, in nats."""
+        self._let_go()
         head = self._model.chat.head if not self._model.chat.header else []  # such as a beginning-of-sequence token
         made = torch.tensor([*head, *self._model.tokenizer.encode_pieces(text).tokens][:tokens])
         found: list[float] = token_losses(self._model.lm, self._segment, made, past_bytes=self._past_bytes).tolist()
         return found
 
-    def answers(self, item: Item, max_tokens: int, lead: Lead, truncate: bool) -> list[Answer]:
-        stream, session = _Stream(self._model, item), uuid.uuid4().hex
+    def answers(self, item: Item, max_tokens: int, lead: Lead, truncate: bool, *, shared: bool = False) -> list[Answer]:
+        stream = _Stream(self._model, item)
         if truncate:
             stream.cut(self._engine.max_stream_tokens, max_tokens, lead)
         longest = max(stream.length(turn, lead) for turn in item.turns) + max_tokens
@@ -89,48 +109,72 @@ class EngineArm:
                 f"{longest} tokens, and the policy runs {self._engine.max_stream_tokens} at most",
                 max_tokens=self._engine.max_stream_tokens,
             )
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)  # peaks are those of this item
-        self._engine.open(session)
+        kept = False
         try:
-            began = time.monotonic()
-            self._engine.append(session, stream.document)
-            self._engine.flush(session).result()
-            prefill_s = time.monotonic() - began
-            return [self._answer(session, stream, i, max_tokens, lead, prefill_s) for i in range(len(item.turns))]
+            document = self._read(stream.document)
+            made = []
+            for turn in range(len(item.turns)):
+                forked = shared or turn + 1 < len(item.turns)
+                made.append(self._answer(document, stream, turn, max_tokens, lead, forked=forked))
+            kept = shared
         finally:
-            self._engine.close(session)
+            if not kept:
+                self._let_go()
+        return made
+
+    def _read(self, tokens: list[int]) -> _Document:
+        """The document as it stands in the engine; it is run unless it is the latest one."""
+        if self._document is None or self._document.tokens != tokens:
+            self._let_go()
+            if self._device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self._device)  # peaks are those of this document
+            session, began = uuid.uuid4().hex, time.monotonic()
+            self._engine.open(session)
+            self._document = _Document(session, tokens)
+            self._engine.append(session, tokens)
+            self._engine.flush(session).result()
+            took_s = time.monotonic() - began
+            self._document = replace(self._document, prefill_s=took_s, device_bytes=self._peak_bytes())
+        return self._document
+
+    def _let_go(self) -> None:
+        if self._document is not None:
+            self._engine.close(self._document.session)
+            self._document = None
 
     def _answer(
-        self, document: str, stream: _Stream, turn: int, max_tokens: int, lead: Lead, prefill_s: float
+        self, document: _Document, stream: _Stream, turn: int, max_tokens: int, lead: Lead, *, forked: bool
     ) -> Answer:
-        session, engine = f"{document}-{turn}", self._engine
+        engine, session = self._engine, f"{document.session}-{turn}" if forked else document.session
         before, after = stream.question(stream.item.turns[turn], lead)
         text = AnswerText(self._model.tokenizer, self._model.end_tokens, ())
-        engine.fork(document, session)
+        if forked:
+            engine.fork(document.session, session)
         try:
             made = generate(engine, session, before, after, SamplingParams(max_tokens=max_tokens), text)
             stats = engine.stats()
         finally:
-            engine.close(session)
+            if forked:
+                engine.close(session)
         length = len(stream.document) + len(before) + len(after)
         return Answer(
             text=made.text,
             prompt_tokens=length,
             answer_tokens=made.tokens,
-            prefill_s=prefill_s,
+            prefill_s=document.prefill_s,
             first_token_s=made.first_token_s,
             answer_s=made.answer_s,
-            device_bytes=self._peak_bytes(stats.engine_bytes),
+            device_bytes=document.device_bytes,
             past_bytes=sum(stats.past_bytes.values()),
             recall=stream.recall(turn, made.retrieved, self._visible(length)),
             retrieved=stream.texts(made.retrieved),
             truncated=stream.truncated,
         )
 
-    def _peak_bytes(self, now: int) -> int:
-        """On a GPU, of the item so far; elsewhere what the engine holds now."""
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else now
+    def _peak_bytes(self) -> int:
+        """On a GPU, since the document began; elsewhere what the engine holds now."""
+        on_gpu = self._device.type == "cuda"
+        return torch.cuda.max_memory_allocated(self._device) if on_gpu else self._engine.stats().engine_bytes
 
     def _visible(self, length: int) -> range | None:
         """Tokens that reading cells see beside sinks and what was retrieved; None where cells see different things."""

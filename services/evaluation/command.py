@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from segcore.errors import InvalidRequest
 from services.evaluation.config import EvalConfig
-from services.evaluation.job import Jobs
+from services.evaluation.job import WIDTH, Jobs
 from services.evaluation.report import write_report
 from services.evaluation.run import evaluate
 from services.evaluation.summary import Summary
@@ -25,6 +25,8 @@ def run_eval(words: list[str], address: str | None, *, no_ray: bool = False, det
     if len(rest) != ACTS.get(act, 1):
         raise InvalidRequest(f"`segcore eval {' '.join(words)}`: see `segcore eval --help`")
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     match act:
         case "report":
             print(write_report(Path(rest[0])))

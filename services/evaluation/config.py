@@ -69,8 +69,8 @@ class TaskSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _find_data(cls, given: Any, info: ValidationInfo) -> Any:
-        if isinstance(given, dict) and isinstance(given.get("data"), str):
-            return given | {"data": _if_there(given["data"], info)}
+        if isinstance(given, dict) and isinstance(given.get("data"), str) and {"/", "."} & set(given["data"]):
+            return given | {"data": str(_beside_the_file(Path(given["data"]), info))}
         return given
 
     @property
@@ -145,7 +145,8 @@ class EvalConfig(Section):
     model: of arms that name none. tokenizer: a model whose tokens lengths are counted in, for all arms alike; None:
     `model`. haystack: "python", "essays", or a text file or folder; haystack_part: the part of it that training leaves
     alone, or all of it. baseline: the arm that others are compared with; None: the first. truncate: documents too long
-    for an arm are cut in their middle, and counted; else they are errors. past_bytes: of host memory for past KV.
+    for an engine are cut in their middle, those that an endpoint cuts by itself are let pass, and both are counted;
+    else they are errors. past_bytes: of host memory for past KV.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -10,17 +10,19 @@ from typing import Any
 
 import requests
 
-from segcore.errors import ConfigError, InvalidRequest, Unavailable
+from segcore.errors import ConfigError, InvalidRequest, LimitExceeded, Unavailable
 from segcore.tasks.base import Item, Turn
 from services.evaluation.arms import Answer, asked
 from services.evaluation.config import ArmSection, Lead
 
 RETRY_S = (1.0, 4.0)
+# No tokenizer's tokens have more on average: where a prompt's have, the endpoint has read a part of it.
+CHARACTERS = 8
 
 
 class EndpointArm:
     """Chat completions, greedy, streamed. Raises Unavailable for an endpoint that is gone, ConfigError for one that
-    doesn't have the model."""
+    doesn't have the model, LimitExceeded for one that cuts prompts by itself, unless they may be cut."""
 
     def __init__(self, section: ArmSection) -> None:
         assert section.url is not None
@@ -44,13 +46,14 @@ class EndpointArm:
         if self._model not in models:
             raise ConfigError(f"{self._url} serves {', '.join(map(str, models)) or 'nothing'}, and not {self._model!r}")
 
-    def answers(self, item: Item, max_tokens: int, lead: Lead, truncate: bool) -> list[Answer]:
-        return [self._answer(item, turn, max_tokens, lead) for turn in item.turns]
+    def answers(self, item: Item, max_tokens: int, lead: Lead, truncate: bool, *, shared: bool = False) -> list[Answer]:
+        return [self._answer(item, turn, max_tokens, lead, truncate) for turn in item.turns]
 
-    def _answer(self, item: Item, turn: Turn, max_tokens: int, lead: Lead) -> Answer:
+    def _answer(self, item: Item, turn: Turn, max_tokens: int, lead: Lead, truncate: bool) -> Answer:
+        prompt = f"{item.document}\n\n{asked(turn, lead)}"
         body = {
             "model": self._model,
-            "messages": [{"role": "user", "content": f"{item.document}\n\n{asked(turn, lead)}"}],
+            "messages": [{"role": "user", "content": prompt}],
             "max_tokens": max_tokens,
             "temperature": 0,
             "stream": True,
@@ -63,9 +66,14 @@ class EndpointArm:
             for choice in event.get("choices", []):
                 if part := choice.get("delta", {}).get("content"):
                     first_s, text = first_s or time.monotonic() - began, text + part
+        read = usage.get("prompt_tokens")
+        cut = read is not None and CHARACTERS * read < len(prompt)
+        if cut and not truncate:
+            raise LimitExceeded(f"{self._url} read {read} tokens of a prompt of {len(prompt)} characters: it cuts them")
         return Answer(
             text=text,
-            prompt_tokens=usage.get("prompt_tokens"),
+            truncated=cut,
+            prompt_tokens=read,
             answer_tokens=usage.get("completion_tokens"),
             first_token_s=first_s,  # the document's prefill included
             answer_s=None if first_s is None else time.monotonic() - began - first_s,

@@ -19,7 +19,7 @@ from services.evaluation.tables import scores
 from services.follow import Said, follow, tell
 
 MODULE = "services.evaluation.job"
-# Of the table of scores, in characters; a job's log doesn't know how wide it is read.
+# Of tables, in characters, where it isn't known how wide they are read, as in a job's log.
 WIDTH = 160
 
 

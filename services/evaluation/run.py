@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,15 @@ class Plan:
         """Arm by arm, so that a worker changes its arm seldom."""
         return [(arm.name, case) for arm in self.config.arms for case in self.cases]
 
+    def document(self, key: Key) -> tuple[str, str]:
+        """Alike for an arm's cases that are about the same document."""
+        arm, case = key
+        return arm, self._documents[case]
+
+    @cached_property
+    def _documents(self) -> dict[str, str]:
+        return {name: self.suites[case.task].document(case) for name, case in self.cases.items()}
+
     @property
     def data(self) -> dict[str, str]:
         """A hash of each task's data."""
@@ -63,17 +73,17 @@ def evaluate(
     """
     plan = Plan.of(config)
     check_settings(plan)
-    results = ResultFile(config.folder / RESULTS)
-    if unknown := results.results.keys() - set(plan.keys):
-        raise ConfigError(f"{results.path} has results of other cases, such as {sorted(unknown)[0]}")
-    left, told = results.left(plan.keys), on_result or (lambda done, total, arm: None)
-    told(len(results.results), len(plan.keys), "")
-    if left:
-        with _ray(config, address) if ray else nullcontext():
-            for result in dealt(plan, left, _Pool(config) if ray else Processes(config)):
-                results.add(result)
-                told(len(results.results), len(plan.keys), result["arm"])
-    assert set(results.results) == set(plan.keys), "a case was lost"
+    told = on_result or (lambda done, total, arm: None)
+    with closing(ResultFile(config.folder / RESULTS)) as results:
+        if unknown := results.results.keys() - set(plan.keys):
+            raise ConfigError(f"{results.path} has results of other cases, such as {sorted(unknown)[0]}")
+        told(len(results.results), len(plan.keys), "")
+        if left := results.left(plan.keys):
+            with _ray(config, address) if ray else nullcontext():
+                for result in dealt(plan, left, _Pool(config) if ray else Processes(config)):
+                    results.add(result)
+                    told(len(results.results), len(plan.keys), result["arm"])
+        assert set(results.results) == set(plan.keys), "a case was lost"
     return config.folder
 
 
@@ -152,13 +162,13 @@ class _Pool:
     def wait(self) -> tuple[Any | None, Key, Result | None]:
         """A worker that is done, and its result; None for both if it died. Raises what the worker raised."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
         (future, *_), _ = ray.wait(list(self._busy))
         actor, key = self._busy.pop(future)
         try:
             return actor, key, ray.get(future)
-        except RayActorError:
+        except (RayActorError, OutOfMemoryError):  # the latter: Ray killed it, for the node's sake
             return None, key, None
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, SegcoreError) else error from None
@@ -171,13 +181,18 @@ class _Pool:
 def dealt(plan: Plan, left: list[Key], pool: Pool) -> Iterator[Result]:
     """The results of all these, each once, in the order in which they come."""
     waiting, deaths = deque(left), dict.fromkeys(left, 0)
-    idle: list[Any | None] = [None] * min(plan.config.workers.count, len(left))
+    # Workers, and what each did last; None before and after they live.
+    idle: list[tuple[Any | None, Key | None]] = [(None, None)] * min(plan.config.workers.count, len(left))
+    busy: list[Key] = []
     while waiting or pool.busy:
         while waiting and idle:
-            key = waiting.popleft()
-            pool.start(idle.pop(), key, plan.cases[key[1]])
+            worker, before = idle.pop()
+            key = _next(plan, waiting, before, busy)
+            busy.append(key)
+            pool.start(worker, key, plan.cases[key[1]])
         worker, key, result = pool.wait()
-        idle.append(worker)
+        busy.remove(key)
+        idle.append((worker, None if worker is None else key))
         if result is not None:
             yield result
             continue
@@ -186,6 +201,15 @@ def dealt(plan: Plan, left: list[Key], pool: Pool) -> Iterator[Result]:
             yield _given_up(plan, key, deaths[key])
         else:
             waiting.appendleft(key)
+
+
+def _next(plan: Plan, waiting: deque[Key], before: Key | None, busy: Collection[Key]) -> Key:
+    """Take out what a worker should do next: ask about the document that it has read, else stay with the arm whose turn
+    it is, and there leave others theirs; of equals, what waits longest."""
+    read, others, arm = before and plan.document(before), set(map(plan.document, busy)), waiting[0][0]
+    key = min(waiting, key=lambda k: ((at := plan.document(k)) != read, k[0] != arm, at in others))
+    waiting.remove(key)
+    return key
 
 
 def _given_up(plan: Plan, key: Key, deaths: int) -> Result:

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from segcore.errors import ConfigError, SegcoreError, Unavailable
+from segcore.memory import is_out_of_memory
 from segcore.weights import LoadedModel, load_model
 from services.evaluation.arms import Arm, EngineArm
 from services.evaluation.config import ArmSection, EvalConfig
 from services.evaluation.endpoint import EndpointArm
 from services.evaluation.results import Result
-from services.evaluation.tasks.base import Case, Frame
+from services.evaluation.tasks.base import Case, Frame, Suite
 from services.evaluation.tasks.registry import open_suites
 from services.served import ServedArm
 
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
-
 
 class Worker:
-    """One arm at a time; a model stays for the next arm that needs the same."""
+    """One arm at a time; a model stays for the next arm that needs the same.
+
+    Making one raises nothing of its own, for that would look as if it had died.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self._config = EvalConfig.model_validate(settings)
+        self._settings = settings
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        workers = self._config.workers
-        torch.set_num_threads(workers.threads or max(1, int(workers.cpus)))
-        self._suites = open_suites(self._config)
         self._models: dict[tuple[str, str, str], LoadedModel] = {}
         self._frame: Frame | None = None
         self._arm: tuple[str, Arm] | None = None
+
+    @cached_property
+    def _config(self) -> EvalConfig:
+        config = EvalConfig.model_validate(self._settings)
+        torch.set_num_threads(config.workers.threads or max(1, int(config.workers.cpus)))
+        return config
+
+    @cached_property
+    def _suites(self) -> dict[str, Suite]:
+        return open_suites(self._config)
 
     def run(self, arm: str, case: Case) -> Result:
         """A case's result under an arm; what can't be answered is a result too.
@@ -47,7 +57,9 @@ class Worker:
             raise  # nothing of the case's own: it stays without a result, and the run can go on later
         except SegcoreError as error:
             return told | {"error": {"kind": type(error).__name__, "message": error.message}}
-        except OUT_OF_MEMORY as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             self.close()  # the next case begins with memory that nothing holds
             return told | {"error": {"kind": "OutOfMemory", "message": str(error)}}
 
@@ -70,7 +82,9 @@ class Worker:
             section = next(arm for arm in self._config.arms if arm.name == name)
             try:
                 self._arm = name, self._open(section)
-            except OUT_OF_MEMORY as error:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 model = section.model or self._config.model
                 raise ConfigError(f"arm {name!r}: {model} is too large for a worker's memory: {error}") from error
         return self._arm[1]

@@ -16,7 +16,8 @@ from segcore.weights import LoadedModel
 from services.serving.answer import Answer
 from services.serving.directory.base import changed
 from services.serving.documents import check_none_open, check_room, opening_tokens
-from services.serving.live import Live, Lives
+from services.serving.live import Live
+from services.serving.lives import Lives
 from services.serving.messages import AnswerPart
 from services.serving.record import Done, Entry, OpenAnswer, digest_of, reused
 
@@ -65,7 +66,7 @@ class Answers:
             done = live.record.known(request.request_id, request.digest)
             self._check(live, request, done)
             if done is None:
-                await self._lives.reside(live)
+                await self._lives.residents.take_up(live)
                 answer = await self._begin(live, request)
         if done is not None:
             yield await self._again(live, done, request)
@@ -205,7 +206,7 @@ class Answers:
                 self._pass_on(live, answer, text)
         if answer.why is not None:
             if self._engine.session_stats(live.key).pending_tokens:
-                await self._lives.let_go(live)
+                await self._lives.residents.let_go(live)
             if not answer.cancelled:
                 details = answer.why.details | {"token_index": str(len(live.given))}
                 answer.parts.put_nowait(type(answer.why)(answer.why.message, **details))

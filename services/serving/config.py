@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import yaml
@@ -14,6 +14,9 @@ from segcore.adapter import Adapter
 from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig
 from segcore.errors import ConfigError
 from segcore.presets import DEFAULT_MODEL, cache_directory, model_segment
+
+if TYPE_CHECKING:
+    from segcore.pastkv.format import Cipher
 
 
 class AutoscalingSettings(BaseModel):
@@ -44,8 +47,8 @@ class ServeConfig(BaseModel):
     front_resources, engine_resources: Ray's custom resources that each takes, and so on which nodes it runs; `segcore
     serve`, on one node, leaves them out.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
-    address of a Redis server (redis://...); past_shared_bytes: such a folder's budget. past_boundary_segments: as
-    `CacheConfig.boundary_segments`.
+    address of a Redis server (redis://...); past_shared_bytes: such a folder's budget. past_boundary_segments,
+    past_restore_bytes_per_s: as `CacheConfig.boundary_segments` and restore_bytes_per_s.
     host, grpc_port, http_port: where each front listens, over TLS if there is a certificate (PEM files); with
     tls_client_ca clients need a certificate that it signed. serve_grpc_port: Serve's own proxy beside it, without TLS.
     fronts: how many there are; one a node.
@@ -55,8 +58,10 @@ class ServeConfig(BaseModel):
     sessions: the directory of sessions, a SQLite file or the address of a Redis server; session_ttl_s: how long one is
     kept after its last call, None: for ever. lease_s: how long others wait for a replica that is gone. slice_s: the
     longest a call keeps a replica from ending. redis_password: a file, on the engines, with the password of Redis
-    servers that are named without one. changed_sessions: what becomes of sessions that were begun with another
-    model, adapter or policy: "refuse" them, or "recompute" their past from their tokens.
+    servers that are named without one. encryption_keys: a file, on the engines, of keys for what is kept of sessions
+    and past KV outside of memory (see encryption.py); None: it isn't encrypted. changed_sessions: what becomes of
+    sessions that were begun with another model, adapter or policy: "refuse" them, or "recompute" their past from their
+    tokens.
     window_bytes: what a client may send beyond what is committed; it bounds what waits when the last byte is sent, and
     so the time to the first token.
     """
@@ -94,11 +99,13 @@ class ServeConfig(BaseModel):
     past_shared: str | None = None
     past_shared_bytes: int | None = Field(default=None, ge=0)
     past_boundary_segments: int = Field(default=1, ge=1)
+    past_restore_bytes_per_s: int | None = Field(default=None, ge=1)
     sessions: str = Field(default_factory=lambda: str(cache_directory() / "sessions.sqlite"))
     session_ttl_s: float | None = Field(default=30 * 24 * 3600.0, gt=0)
     lease_s: float = Field(default=5.0, gt=0)
     slice_s: float = Field(default=5.0, gt=0)
     redis_password: Path | None = None
+    encryption_keys: Path | None = None
     changed_sessions: Literal["refuse", "recompute"] = "refuse"
     attention: str = "auto"
     slots: int = Field(default=8, ge=1)
@@ -143,6 +150,14 @@ class ServeConfig(BaseModel):
             update={name: lacking.sub(rf"\g<1>:{password}@", place) for name, place in places.items()}
         )
 
+    def cipher(self) -> Cipher | None:
+        """What past KV is encrypted with. Raises ConfigError."""
+        if self.encryption_keys is None:
+            return None
+        from services.serving.encryption import Keys
+
+        return Keys.read(self.encryption_keys)
+
     def engine_config(self) -> EngineConfig:
         """The engine's part. Raises as `segment_config` does."""
         return EngineConfig(
@@ -154,6 +169,7 @@ class ServeConfig(BaseModel):
                 shared=self.past_shared,
                 shared_bytes=self.past_shared_bytes,
                 boundary_segments=self.past_boundary_segments,
+                restore_bytes_per_s=self.past_restore_bytes_per_s,
             ),
             chunk_tokens=self.chunk_tokens,
             attention=self.attention,

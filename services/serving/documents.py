@@ -23,7 +23,8 @@ from segcore.text import DocumentEncoder
 from segcore.weights import LoadedModel
 from services.serving.config import ServeConfig
 from services.serving.directory.base import Name
-from services.serving.live import Live, Lives
+from services.serving.live import Live
+from services.serving.lives import Lives
 from services.serving.messages import Passage, Progress, UploadAck
 from services.serving.passages import Placed, passages
 from services.serving.record import DocumentRecord, Entry, Record
@@ -155,13 +156,13 @@ class Documents:
         except TimeoutError:
             if left == slice_s:
                 return True
-            await self._lives.let_go(live)
+            await self._lives.residents.let_go(live)
             raise DeadlineExceeded(
                 f"the time of {timeout_s} s is up; {document.committed_offset} bytes are committed",
                 committed_offset=document.committed_offset,
             ) from None
         except asyncio.CancelledError:
-            await self._lives.let_go(live)
+            await self._lives.residents.let_go(live)
             raise
         except Unavailable as error:
             error.details["committed_offset"] = str(document.committed_offset)

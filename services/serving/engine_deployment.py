@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
@@ -11,6 +10,7 @@ from typing import Any
 import segcore
 from segcore.errors import Unavailable
 from segcore.sampling import SamplingParams
+from services.serving.autoscaling import FIGURES
 from services.serving.config import ServeConfig
 from services.serving.logs import log_as_told
 from services.serving.messages import (
@@ -47,7 +47,7 @@ class EngineDeployment:
             torch.set_num_threads(config.threads)
         self._config = config = config.with_password()
         self._model = segcore.load_model(config.model, dtype=config.dtype, device=config.device, adapter=config.adapter)
-        self._engine = segcore.Engine(self._model.lm, self._model.identified(config.engine_config()))
+        self._engine = segcore.Engine(self._model.lm, self._model.identified(config.engine_config()), config.cipher())
         self._sessions = Sessions(self._model, self._engine, config)
         self._completions = Completions(self._model, self._engine, self._sessions.room)
         self._runs = True
@@ -60,7 +60,8 @@ class EngineDeployment:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What `LoadPolicy` goes by; Serve asks for it."""
-        return dataclasses.asdict(self._engine.load())
+        stats = self._engine.stats()
+        return {name: getattr(stats, name) for name in FIGURES}
 
     def __del__(self) -> Coroutine[Any, Any, None] | None:
         """Serve asks for the end so, and awaits it; what has ended, or never began, has none."""
@@ -184,6 +185,7 @@ _COUNTED = (
     ("tokens.", "segcore_run_tokens", "kind"),
     ("segments.", "segcore_segments", "outcome"),
     ("restored.", "segcore_restored_segments", "outcome"),
+    ("index.", "segcore_index_tokens", "kind"),
 )
 
 

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from segcore.errors import AlreadyExists, SessionLost
+from segcore.errors import AlreadyExists, FailedPrecondition, InvalidRequest, SessionLost
 from segcore.sampling import FinishReason
 
 # How many calls with a request_id a session remembers.
 MOST_REQUESTS = 64
+# What every encrypted value begins with.
+ENCRYPTED = b"segcrypt"
 _HEAD = struct.Struct("<IIIi")
 
 
@@ -95,7 +97,9 @@ class Record(_Model):
 
     @classmethod
     def read(cls, data: bytes) -> Record:
-        """Raises SessionLost."""
+        """Raises SessionLost, and FailedPrecondition for what is encrypted still."""
+        if data.startswith(ENCRYPTED):
+            raise FailedPrecondition("the session is encrypted, and this service has no encryption_keys")
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
@@ -136,6 +140,23 @@ class Record(_Model):
             last_token=self.last_token,
         )
         self.points.append(here)
+
+    def rewind(self, tokens: int) -> Point:
+        """Go back to a point, or to 0, and forget what came after. Raises InvalidRequest if there is none there."""
+        start = Point(tokens=0, entries=0, documents=0, turn_open=False, last_token=None)
+        points = [start, *self.points]
+        if tokens not in [point.tokens for point in points]:
+            raise InvalidRequest(
+                f"a session can go back to the end of a document or an answer: to token"
+                f" {', '.join(str(point.tokens) for point in points)}; not to {tokens}",
+                field="tokens",
+            )
+        last = max(i for i, point in enumerate(points) if point.tokens == tokens)
+        point, self.points = points[last], points[1 : last + 1]
+        self.documents = self.documents[: point.documents]
+        self.turn_open, self.last_token = point.turn_open, point.last_token
+        self.requests = {id: done for id, done in self.requests.items() if done.last_entry <= point.entries}
+        return point
 
 
 def reused(request_id: str) -> AlreadyExists:

@@ -30,11 +30,11 @@ def train(words: Sequence[str], *, address: str | None, local: bool, no_ray: boo
         if act not in ("start", "resume"):
             raise InvalidInput(f"runs of this machine have no jobs to {act}: they end with the command")
         return run_locally(TrainConfig.read(Path(rest[0])), console, resume=act == "resume", ray=not no_ray)
-    jobs = Jobs(address)
     if act in ("list", "stop", "follow"):
-        return jobs.see_to(act, rest, console)
+        return Jobs(address).see_to(act, rest, console)
     file = Path(rest[0])
     config = TrainConfig.read(file) if act == "start" or file.suffix in (".yaml", ".yml") else None
+    jobs = Jobs(address)
     job = jobs.submit(config or jobs.config(rest[0]), resume=act == "resume")
     console.print(f"submitted {job}", highlight=False)
     return 0 if detach else jobs.see_to("follow", [job], console)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from segcore.config import GIB, DuoConfig, SegmentConfig
+from segcore.config import GIB, DuoConfig, SegmentConfig, SegmentedConfig
 from segcore.errors import ConfigError
 from segcore.presets import DEFAULT_MODEL, model_segment, read_card
 from services.config_file import read_config
@@ -18,6 +18,8 @@ from services.training.data_config import DataConfig, Section, Where
 
 # What doesn't change the curve, and may differ when a run is resumed; the data have a hash of their own.
 FREE = ("name", "data", "workers", "checkpoints", "evaluation", "metrics", "storage", "device_bytes")
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class SegmentSection(Section):
@@ -54,7 +56,7 @@ class OptimizerSection(Section):
     matrices; vectors have none."""
 
     learning_rate: float = Field(default=2e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_norm: float | None = Field(default=1.0, gt=0)
@@ -160,7 +162,7 @@ class TrainConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     model: str = DEFAULT_MODEL
-    dtype: str = "auto"
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     segment: SegmentSection = SegmentSection()
     k: Annotated[int, Field(ge=0)] | Literal["all"] = 1
     chunk_tokens: int = Field(default=1024, ge=1)
@@ -194,21 +196,45 @@ class TrainConfig(Section):
                 raise ValueError(error.message) from error
         return section
 
-    @model_validator(mode="after")
-    def _something_learns(self) -> TrainConfig:
-        if self.freeze and self.lora is None and self.selectors is None:
-            raise ValueError("freeze: nothing would be trained; add selectors, or lora")
-        if self.gates is not None:
-            self._check_gates()
-        return self
+    @field_validator("selectors")
+    @classmethod
+    def _selectors_there(cls, section: SelectorsSection | None, info: ValidationInfo) -> SelectorsSection | None:
+        if section is not None and {"model", "segment"} <= info.data.keys():
+            segment = info.data["segment"].config(info.data["model"])
+            if not isinstance(segment, SegmentedConfig) or not segment.selectors:
+                raise ValueError("they learn under policy 'segmented' with selectors, and not with selection 'cell'")
+        return section
 
-    def _check_gates(self) -> None:
-        if self.lora is not None or self.selectors is not None or self.freeze:
-            raise ValueError("gates are trained alone: without lora, selectors or freeze")
-        if not isinstance(self.segment_config(), DuoConfig):
-            raise ValueError("gates are of policy duo: set segment: {policy: duo}")
-        if self.evaluation is not None and self.evaluation.segment is not None:
-            raise ValueError("gates are evaluated as policy duo with the cells that they choose: no evaluation.segment")
+    @field_validator("freeze")
+    @classmethod
+    def _something_learns(cls, freeze: bool, info: ValidationInfo) -> bool:
+        if freeze and not (info.data.get("lora") or info.data.get("selectors")):
+            raise ValueError("nothing would be trained; add selectors, or lora")
+        return freeze
+
+    @field_validator("gates")
+    @classmethod
+    def _gates_alone(cls, gates: GatesSection | None, info: ValidationInfo) -> GatesSection | None:
+        if gates is not None and any(info.data.get(other) for other in ("lora", "selectors", "freeze")):
+            raise ValueError("they are trained alone: without lora, selectors or freeze")
+        of = info.data["segment"].config(info.data["model"]) if {"model", "segment"} <= info.data.keys() else None
+        if gates is not None and of is not None and not isinstance(of, DuoConfig):
+            raise ValueError("they are of policy duo: set segment: {policy: duo}")
+        return gates
+
+    @field_validator("workers")
+    @classmethod
+    def _streams_for_all(cls, workers: WorkersSection, info: ValidationInfo) -> WorkersSection:
+        if "data" in info.data and workers.most > (streams := info.data["data"].streams_per_step):
+            raise ValueError(f"{workers.most} workers would share data.streams_per_step={streams}: set that higher")
+        return workers
+
+    @field_validator("evaluation")
+    @classmethod
+    def _gates_have_a_policy(cls, section: EvaluationSection | None, info: ValidationInfo) -> EvaluationSection | None:
+        if info.data.get("gates") and section is not None and section.segment is not None:
+            raise ValueError("gates are evaluated as policy duo with the cells that they choose: no segment here")
+        return section
 
     @property
     def whole(self) -> bool:

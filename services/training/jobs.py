@@ -7,6 +7,7 @@ import sys
 
 from rich.console import Console
 
+from segcore.errors import AlreadyExists
 from services import jobs
 from services.training.config import TrainConfig
 from services.training.follow import follow
@@ -37,7 +38,12 @@ class Jobs(jobs.Jobs):
         super().__init__("train", address, otherwise="Name one with --address, or train here with --local")
 
     def submit(self, config: TrainConfig, *, resume: bool = False) -> str:
-        """Start a run; returns the job's name."""
+        """Start a run; returns the job's name. Raises AlreadyExists if it is running: two would write in one folder."""
+        for job in self.all():
+            if (job.metadata or {})["run"] == config.name and not job.status.is_terminal():
+                raise AlreadyExists(
+                    f"the run is on its way as {job.submission_id}: stop it, or give this one another name"
+                )
         return self.submit_module(MODULE, config.name, config.to_json(), *(["--resume"] if resume else []))
 
     def follow(self, job: str, console: Console) -> int:

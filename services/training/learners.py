@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from segcore.config import DuoConfig, SegmentConfig, SegmentedConfig
-from segcore.errors import ConfigError
 from segcore.heads.gates import GatesReport
 from segcore.retrieval.query_maps import QueryMaps
 from segcore.training.gates import GateTrainer
@@ -148,8 +147,7 @@ def _load(config: TrainConfig, device: torch.device, start: Path | None) -> Load
         seed_everything(config.seed, -1, 0)
         add_lora(lm, LoraSettings(**config.lora.model_dump()))
     if config.selectors is not None and lm.query_maps is None:
-        if not isinstance(segment, SegmentedConfig) or not segment.selectors:
-            raise ConfigError("selectors learn under policy 'segmented' with selectors, and not with selection 'cell'")
+        assert isinstance(segment, SegmentedConfig)
         lm.query_maps = QueryMaps(segment.selectors, lm.spec)
     if lm.query_maps is not None:
         lm.query_maps.requires_grad_(config.selectors is not None)

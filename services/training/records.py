@@ -147,8 +147,8 @@ def open_records(path: Path) -> list[Records]:
     if not path.is_dir():
         raise ConfigError(f"there is no {path}")
     if (path / "dataset_dict.json").exists():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        raise ConfigError(f"{path} holds several splits: name one, such as {path / splits[0]}")
+        splits = ", ".join(sorted(split.name for split in path.iterdir() if split.is_dir()))
+        raise ConfigError(f"{path} holds several splits, each in a folder; name one of them: {splits}")
     if (path / "state.json").exists():
         return _saved(path)
     known = (*TEXTS, *LINES, ".parquet")

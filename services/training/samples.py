@@ -45,8 +45,7 @@ def documents(text: str, most_chars: int | None) -> list[Document]:
     """A text in pieces of at most so many characters, cut between two words where there are any. Raises Fault."""
     if not text.strip():
         raise Fault("it is empty")
-    if "\0" in text:
-        raise Fault("it holds NUL: this isn't text")
+    _check_text(text)
     pieces, start = [], 0
     while most_chars is not None and len(text) - start > most_chars:
         gaps = [m.start() for m in _SPACE.finditer(text, start + most_chars // 2, start + most_chars + 1)]
@@ -102,6 +101,16 @@ def document_text(record: Record, name: str) -> str:
     return _text(record, name)
 
 
+def _check_text(text: str) -> None:
+    """Raise Fault for what JSON can write and is no text."""
+    if "\0" in text:
+        raise Fault("it holds NUL: this isn't text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Fault("it holds half of a surrogate pair: this isn't text") from None
+
+
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
 
@@ -112,6 +121,8 @@ def _checked(chat: Chat) -> Chat:
     for asked, answer in chat.turns:
         if not answer.strip() or not any(text.strip() for text in asked):
             raise Fault("a question or an answer is empty")
+    for text in (chat.system or "", *(text for asked, answer in chat.turns for text in (*asked, answer))):
+        _check_text(text)
     return chat
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.evaluation.config import EvalConfig
-from services.evaluation.results import ResultFile
+from services.evaluation.results import read_results
 from services.evaluation.run import RESULTS, Plan, evaluate
 from services.training.config import TrainConfig
 from services.training.folders import latest
@@ -33,7 +33,7 @@ def test_an_evaluation_has_every_result_though_a_node_dies(nodes, evaluation_val
             nodes.replace(1)
 
     folder = evaluate(config, on_result=on_result)
-    results = ResultFile(folder / RESULTS).results
+    results = read_results(folder / RESULTS)
     assert set(results) == set(Plan.of(config).keys)
     assert not [result for result in results.values() if "error" in result and "died" in str(result["error"])]
 

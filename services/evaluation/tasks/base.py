@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 from segcore.tasks.base import Item, Turn
@@ -68,10 +69,19 @@ class Suite(ABC):
     def result(self, case: Case, frame: Frame, arm: Arm) -> dict[str, Any]:
         """What comes of a case: its "score", and what else a result has. Raises SegcoreError."""
 
+    def document(self, case: Case) -> str:
+        """Alike for cases about the same document, which a worker then reads once."""
+        return case.id
+
     @property
     def digest(self) -> str:
         """A hash of the data beside the configuration; "" if there are none."""
         return ""
+
+    @cached_property
+    def _cases_about(self) -> Counter[str]:
+        """How many there are, by document."""
+        return Counter(map(self.document, self.cases()))
 
     def grid(self) -> list[Case]:
         """So many items of every length and depth."""
@@ -104,7 +114,8 @@ class Asking(Suite):
 
     def result(self, case: Case, frame: Frame, arm: Arm) -> dict[str, Any]:
         item = self.item(case, frame)
-        answers = arm.answers(item, self.max_tokens, self.section.lead, self.config.truncate)
+        wanted = (item, self.max_tokens, self.section.lead, self.config.truncate)
+        answers = arm.answers(*wanted, shared=self._cases_about[self.document(case)] > 1)
         turns = [self._judged(case, item, turn, answer) for turn, answer in zip(item.turns, answers, strict=True)]
         scores = {name: sum(turn["scores"][name] for turn in turns) / len(turns) for name in turns[0]["scores"]}
         return {"score": scores[self.metric], "scores": scores, "turns": turns, "facts": item.facts}

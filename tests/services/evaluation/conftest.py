@@ -16,7 +16,7 @@ NEEDLE = {
     "task": "needle",
     "lengths": [400, 700],
     "depths": [0.2, 0.8],
-    "items": 2,
+    "items": 1,
     "max_tokens": 4,
     "forms": ["diary"],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from contextlib import closing
@@ -10,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from segcore.errors import ConfigError, InvalidRequest, Unavailable
+from segcore.errors import ConfigError, InvalidRequest, LimitExceeded, Unavailable
 from segcore.tasks.base import Item, Turn
 from services.evaluation import endpoint
 from services.evaluation.config import ArmSection
@@ -50,7 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         for word in ("Be", "cause"):
             self.event({"choices": [{"delta": {"content": word}}]})
         if mood != "short":
-            self.event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2}})
+            read = 3 if mood == "cuts" else len(body["messages"][0]["content"]) // 4
+            self.event({"choices": [], "usage": {"prompt_tokens": read, "completion_tokens": 2}})
             self.wfile.write(b"data: [DONE]\n\n")
         return None
 
@@ -68,7 +70,7 @@ def url(monkeypatch):
     monkeypatch.setattr(endpoint, "RETRY_S", (0.0, 0.0))
     Handler.moods, Handler.asked = [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
@@ -83,7 +85,7 @@ def arm(url, **changes):
 def test_turns_are_asked_one_by_one_and_greedily(url):
     with closing(arm(url)) as opened:
         first, second = opened.answers(ITEM, 9, "question", False)
-    assert (first.text, first.prompt_tokens, first.answer_tokens) == ("Because", 7, 2)
+    assert (first.text, first.prompt_tokens, first.answer_tokens) == ("Because", 5, 2)
     assert first.first_token_s > 0
     assert [body["messages"] for body in Handler.asked] == [
         [{"role": "user", "content": "A document.\n\nWhy? It is"}],
@@ -112,6 +114,16 @@ def test_what_goes_wrong_is_told(url, moods, error, message):
     Handler.moods = moods
     with closing(arm(url, timeout_s=0.3)) as opened, pytest.raises(error, match=message):
         opened.answers(ITEM, 9, "none", False)
+
+
+def test_a_prompt_that_was_cut_is_an_error_unless_it_may_be(url):
+    long = dataclasses.replace(ITEM, document="A document. " * 20)
+    Handler.moods = ["cuts", "cuts", "cuts"]
+    with closing(arm(url)) as opened:
+        with pytest.raises(LimitExceeded, match="read 3 tokens of a prompt of 246 characters"):
+            opened.answers(long, 9, "none", False)
+        assert [answer.truncated for answer in opened.answers(long, 9, "none", True)] == [True, True]
+        assert [answer.truncated for answer in opened.answers(long, 9, "none", True)] == [False, False]
 
 
 def test_an_endpoint_without_the_model_is_refused(url):

@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 
+from segcore.engine.runner import Runner
 from segcore.errors import ConfigError, Unavailable
 from services.evaluation import endpoint, run, worker
 from services.evaluation.config import EvalConfig
-from services.evaluation.results import ResultFile
+from services.evaluation.results import read_results
 from services.evaluation.run import evaluate
 from services.evaluation.summary import Summary
 from tests.services.evaluation.test_endpoint import Handler, url  # noqa: F401 - a fixture
@@ -85,7 +86,7 @@ def test_a_tokenizer_without_a_chat_template(tmp_path, values, local, model_dire
     config = EvalConfig.model_validate(values(tmp_path, model=str(plain), tasks=tasks, arms=arms))
     evaluate(config)
     assert counts(config) == {"scored": 3}
-    results = ResultFile(config.folder / run.RESULTS).results.values()
+    results = read_results(config.folder / run.RESULTS).values()
     assert all(result["turns"][0]["prompt_tokens"] + 2 <= 400 for result in results)
 
 
@@ -106,21 +107,33 @@ def test_a_model_that_is_too_large(tmp_path, values, local, monkeypatch, error):
     assert counts(config) == {"scored": 3}
 
 
-def test_an_item_that_is_too_large_is_a_failure_of_its_own(tmp_path, values, local, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_an_item_that_is_too_large_is_a_failure_of_its_own(tmp_path, values, local, monkeypatch, error):
+    """Whether the engine finds that out or a text's reading; the next one has the memory to itself."""
+    tasks = [SMALL | {"items": 2}, {"task": "perplexity", "lengths": [100], "items": 1}]
     arms = [{"name": "full", "segment": {"policy": "full", "segment_tokens": 64}}]
-    config = EvalConfig.model_validate(values(tmp_path, tasks=[SMALL], arms=arms))
-    answers, asked = worker.EngineArm.answers, []
+    config = EvalConfig.model_validate(values(tmp_path, tasks=tasks, arms=arms))
+    hidden, passes = Runner.hidden, []
 
-    def once(self, item, *rest):
-        asked.append(item)
-        if len(asked) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return answers(self, item, *rest)
+    def too_large(self, *args, **more):
+        passes.append(args)
+        if len(passes) == 2 or local[0]._arm[1]._engine.stats().sessions == 0:  # of the first item; of the text
+            raise error
+        return hidden(self, *args, **more)
 
-    monkeypatch.setattr(worker.EngineArm, "answers", once)
+    monkeypatch.setattr(Runner, "hidden", too_large)
     evaluate(config)
-    assert counts(config) == {"scored": 2, "failed": 1}
-    assert Summary.read(config.folder).failures() == {"OutOfMemory": 1}
+    assert counts(config) == {"scored": 1, "failed": 2}
+    assert Summary.read(config.folder).failures(task="needle") == {"LimitExceeded": 1}
+    assert Summary.read(config.folder).failures(task="perplexity") == {"OutOfMemory": 1}
+    messages = [r["error"]["message"] for r in Summary.read(config.folder).results if "error" in r]
+    assert all(str(error) in message for message in messages)
 
 
 def test_other_code_of_tasks_is_another_run(tmp_path, values, local, monkeypatch):

@@ -90,6 +90,15 @@ def test_a_winner_is_marked_only_where_intervals_say_so(values):
     assert summary(values, few).best(task="needle") is None
 
 
+def test_answers_that_agree_are_counted_on_items_that_both_answered(values):
+    said = {"full": "abcd", "segmented": "abxd"}  # all of which is wrong
+    results = [result(arm, i, 0.0, text=said[arm][i]) for arm in ("full", "segmented") for i in range(4)]
+    results[-1] = {k: v for k, v in results[-1].items() if k not in ("score", "turns")} | {"error": {"kind": "X"}}
+    made = summary(values, results)
+    assert made.agreement("segmented", "full", task="needle") == pytest.approx(2 / 3)
+    assert made.agreement("segmented", "full", task="other") is None
+
+
 def test_figures_are_medians_with_what_is_unknown_left_out(values):
     made = summary(
         values,
@@ -140,7 +149,7 @@ def arm(model_directory, values):
     made.close()
 
 
-TEXT = " ".join(f"Sentence {i} stands here." for i in range(60))
+TEXT = " ".join(f"Sentence {i} stands here." for i in range(36))
 ITEM = Item(
     name="x",
     task="x",
@@ -159,6 +168,23 @@ def test_turns_are_answered_as_if_each_were_the_only_one(arm):
     assert [answer.prompt_tokens for answer in both] == [answer.prompt_tokens for answer in alone]
     assert all(answer.answer_tokens <= 6 for answer in both)
     assert all(answer.first_token_s > 0 and answer.prefill_s > 0 and answer.device_bytes > 0 for answer in both)
+
+
+def test_a_document_is_run_once_for_all_items_that_have_it(arm):
+    first, second = (dataclasses.replace(ITEM, turns=(turn,)) for turn in ITEM.turns)
+    other = dataclasses.replace(ITEM, document=TEXT[1:], turns=ITEM.turns[1:])
+    arm._let_go()
+    runs, answers = [], []
+    for item in (first, second, other, second):
+        answers += arm.answers(item, 6, "none", False, shared=item is not other)
+        runs.append(arm._engine.stats().counts["segments.run"])
+    assert runs[1] - runs[0] < 3 < runs[2] - runs[1], "an item's own question alone, or its document too"
+    assert answers[1].prefill_s == answers[0].prefill_s != answers[3].prefill_s
+    assert answers[1].text == answers[3].text
+    assert (answers[1].recall, answers[1].retrieved) == (answers[3].recall, answers[3].retrieved)
+    assert arm._engine.stats().sessions == 1
+    arm.answers(second, 6, "none", False)
+    assert arm._engine.stats().sessions == 0, "nobody needs it any more"
 
 
 def test_recall_is_of_what_the_answer_can_see(arm):

@@ -65,7 +65,7 @@ async def replica(served_model: LoadedModel, config: ServeConfig) -> AsyncIterat
 
     def make(**changes: object) -> Sessions:
         changed = config.model_copy(update=changes)
-        engine = Engine(served_model.lm, served_model.identified(changed.engine_config()))
+        engine = Engine(served_model.lm, served_model.identified(changed.engine_config()), changed.cipher())
         made.append(Sessions(served_model, engine, changed))
         return made[-1]
 

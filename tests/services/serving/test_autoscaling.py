@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -11,14 +10,22 @@ from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingContext
 
-from segcore.engine.engine import EngineLoad
 from services.serving.app import build
-from services.serving.autoscaling import LoadPolicy
+from services.serving.autoscaling import FIGURES, LoadPolicy
 from services.serving.config import AutoscalingSettings, ServeConfig
+
+Load = dict[str, float]
 
 SLOTS, WAITING, SESSIONS = 8, 10_000, 64
 DEPLOYMENT = DeploymentID("engine", "segcore")
-IDLE = EngineLoad(sessions=0, working=0, waiting_tokens=0)
+
+
+def load_of(sessions: float, working: float, waiting_tokens: float) -> Load:
+    """What replicas report."""
+    return dict(zip(FIGURES, (working, waiting_tokens, sessions), strict=True))
+
+
+IDLE = load_of(0, 0, 0)
 
 
 def config(**scaling: float) -> ServeConfig:
@@ -31,11 +38,11 @@ def autoscaling(service: ServeConfig):
     return build(service)._bound_deployment.init_args[0]._bound_deployment._deployment_config.autoscaling_config
 
 
-def context(reports: list[EngineLoad], *, running: int, target: int, **rest: object) -> AutoscalingContext:
+def context(reports: list[Load], *, running: int, target: int, **rest: object) -> AutoscalingContext:
     replicas = [ReplicaID(f"r{i}", DEPLOYMENT) for i in range(running)]
     figures: dict[str, dict[ReplicaID, float]] = {}
     for replica, report in zip(replicas, reports, strict=False):
-        for name, value in dataclasses.asdict(report).items():
+        for name, value in report.items():
             figures.setdefault(name, {})[replica] = value
     fields = dict.fromkeys(
         ("app_name", "raw_metrics", "last_scale_up_time", "last_scale_down_time", "current_time", "config")
@@ -59,7 +66,7 @@ def context(reports: list[EngineLoad], *, running: int, target: int, **rest: obj
     )
 
 
-def wanted(*reports: EngineLoad, running: int | None = None, target: int = 3) -> float:
+def wanted(*reports: Load, running: int | None = None, target: int = 3) -> float:
     running = len(reports) if running is None else running
     policy = LoadPolicy(slots=SLOTS, waiting_tokens=WAITING, max_sessions=SESSIONS)
     return policy(context(list(reports), running=running, target=target))[0]
@@ -68,9 +75,9 @@ def wanted(*reports: EngineLoad, running: int | None = None, target: int = 3) ->
 @pytest.mark.parametrize(
     ("load", "replicas"),
     [
-        (EngineLoad(sessions=24, working=24, waiting_tokens=100), 3),
-        (EngineLoad(sessions=3, working=1, waiting_tokens=45_000), 4.5),  # one long restored session
-        (EngineLoad(sessions=128, working=0, waiting_tokens=0), 2.5),  # all at rest, but they need room
+        (load_of(24, 24, 100), 3),
+        (load_of(3, 1, 45_000), 4.5),  # one long restored session
+        (load_of(128, 0, 0), 2.5),  # all at rest, but they need room
         (IDLE, 0),
     ],
     ids=["sessions at work", "backlog", "room", "nothing"],
@@ -80,7 +87,7 @@ def test_each_figure_asks_for_replicas(load, replicas):
 
 
 def test_replicas_loads_add_up_and_who_has_yet_to_report_is_idle():
-    load = EngineLoad(sessions=8, working=8, waiting_tokens=0)
+    load = load_of(8, 8, 0)
     assert wanted(load, load, running=3) == pytest.approx(2)
 
 
@@ -88,7 +95,7 @@ def test_nothing_changes_before_anyone_has_reported():
     assert wanted(running=2, target=3) == 3
 
 
-def hours(load: Callable[[float], EngineLoad], service: ServeConfig, *, start_s: float, end_s: float) -> Iterator[int]:
+def hours(load: Callable[[float], Load], service: ServeConfig, *, start_s: float, end_s: float) -> Iterator[int]:
     """Replicas by the second, by Serve's delays and bounds around the policy. A new replica takes `start_s` to run.
 
     load: of the whole service at a time in seconds; replicas share it.
@@ -100,7 +107,7 @@ def hours(load: Callable[[float], EngineLoad], service: ServeConfig, *, start_s:
         if second >= due:
             running = target
         whole = load(second)
-        share = [EngineLoad(**{name: value / running for name, value in dataclasses.asdict(whole).items()})] * running
+        share = [{name: value / running for name, value in whole.items()}] * running
         now = context(share, running=running, target=target, policy_state=state, config=settings)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ray.serve.autoscaling_policy.time", SimpleNamespace(time=lambda at=second: float(at)))
@@ -115,12 +122,12 @@ def hours(load: Callable[[float], EngineLoad], service: ServeConfig, *, start_s:
 def test_replicas_follow_a_day_of_load():
     """A rush of uploads, a long tail of idle sessions, and night."""
 
-    def load(second: float) -> EngineLoad:
+    def load(second: float) -> Load:
         if second < 600:
-            return EngineLoad(sessions=8, working=4, waiting_tokens=4000)
+            return load_of(8, 4, 4000)
         if second < 2400:
-            return EngineLoad(sessions=40, working=36, waiting_tokens=36_000)
-        return EngineLoad(sessions=40, working=2, waiting_tokens=2000)
+            return load_of(40, 36, 36_000)
+        return load_of(40, 2, 2000)
 
     replicas = list(hours(load, config(upscale_delay_s=30, downscale_delay_s=600), start_s=60, end_s=4000))
     assert set(replicas[:600]) == {1}
@@ -132,15 +139,15 @@ def test_replicas_follow_a_day_of_load():
 
 
 def test_a_load_that_comes_and_goes_moves_nobody():
-    def load(second: float) -> EngineLoad:
-        return EngineLoad(sessions=40, working=40 if second % 60 < 20 else 0, waiting_tokens=0)
+    def load(second: float) -> Load:
+        return load_of(40, 40 if second % 60 < 20 else 0, 0)
 
     assert set(hours(load, config(upscale_delay_s=30), start_s=0, end_s=1200)) == {1}
 
 
 def test_never_more_than_allowed():
-    def load(second: float) -> EngineLoad:
-        return EngineLoad(sessions=1000, working=1000, waiting_tokens=10**8)
+    def load(second: float) -> Load:
+        return load_of(1000, 1000, 10**8)
 
     assert max(hours(load, config(upscale_delay_s=0), start_s=0, end_s=60)) == 6
 

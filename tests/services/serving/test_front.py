@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import inspect
 import ipaddress
@@ -23,6 +24,7 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from benchmarks import front as benchmark
 from protos.gen.segcore.v1 import segcore_pb2 as pb
 from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
 from segcore.errors import Busy, ConfigError, Unauthenticated
@@ -31,6 +33,7 @@ from services.serving.config import ServeConfig
 from services.serving.ingress import Ingress
 from services.serving.tenants import token_hash
 from services.serving.tls import Certificate
+from tests.services.serving.fronts import RunningFront
 
 
 class Authority:
@@ -313,6 +316,18 @@ def test_an_answer_that_nobody_reads_ends(plain, engine):
                 time.sleep(0.01)
             assert not answering()
         stubs.SessionServiceStub(channel).DeleteSession(pb.DeleteSessionRequest(session_id="left"), timeout=20)
+
+
+def test_the_benchmark_of_the_ways_in_measures(loop, monkeypatch):
+    for name in ("MESSAGES", "ROUNDS", "CALLS"):
+        monkeypatch.setattr(benchmark, name, 16)
+    config = ServeConfig()
+    served = RunningFront(loop, benchmark.StandIn(config), config)
+    try:
+        figures = asyncio.run(benchmark.measure(served.config.grpc_port))
+    finally:
+        served.close()
+    assert all(value > 0 for value in figures.values())
 
 
 def test_serve_finds_where_to_give_its_context():

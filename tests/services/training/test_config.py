@@ -11,6 +11,7 @@ import yaml
 from segcore.config import FullConfig, LagKVConfig
 from segcore.errors import ConfigError
 from segcore.presets import segment_preset, write_card
+from segcore.weights import DTYPES
 from services.training.config import TrainConfig
 
 
@@ -53,6 +54,8 @@ def test_a_missing_key_and_a_key_that_is_there_twice(written):
     assert fault(file) == f"{file}:5: eps: the key is there twice"
     file.write_text("name: a\nsteps: [3\n")
     assert fault(file).startswith(f"{file}:3: ")
+    file.write_text("name: &a [*a]\n")
+    assert "a part of it holds itself" in fault(file)
     with pytest.raises(ConfigError, match="isn't a readable configuration"):
         TrainConfig.read(file.with_name("none.yaml"))
 
@@ -71,6 +74,28 @@ def test_a_policy_that_cannot_be_is_refused_before_the_run(written, segment, mes
     text = fault(file)
     assert message in text
     assert text.startswith(f"{file}:{line_of(file, 'segment:')}: segment: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "message"),
+    [
+        ({"optimizer": {"betas": [0.9, 1.5]}}, "- 1.5", "optimizer.betas.1: Input should be less than 1"),
+        ({"dtype": "int8"}, "dtype:", "dtype: Input should be 'auto', "),
+        ({"workers": {"count": [1, 9]}}, "workers:", "workers: 9 workers would share data.streams_per_step=4"),
+        ({"freeze": True}, "freeze:", "freeze: nothing would be trained"),
+        ({"segment": {"policy": "full"}, "selectors": {}}, "selectors: {}", "selectors: they learn under policy"),
+        ({"gates": {}, "lora": {}}, "gates:", "gates: they are trained alone"),
+        ({"gates": {}, "freeze": False}, "gates:", "gates: they are of policy duo"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_before_the_run(written, changes, line, message):
+    file = written(**changes)
+    assert f"{file}:{line_of(file, line)}: {message}" in fault(file)
+
+
+def test_every_dtype_that_a_model_can_have_can_be_named(written):
+    for name in ("auto", *DTYPES):
+        assert TrainConfig.read(written(dtype=name)).dtype == name
 
 
 @pytest.mark.parametrize(

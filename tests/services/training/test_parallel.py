@@ -1,10 +1,11 @@
-"""Two workers without Ray: sharded as one alone, and ended together."""
+"""Two workers without Ray: replicated or sharded, as one alone; and ended together."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from segcore.errors import NonFiniteLoss, SegcoreError
 from segcore.training.stream import TrainingStream
-from services.training.config import TrainConfig
+from services.training.config import TrainConfig, WorkersSection
 from services.training.folders import TENSORS, latest, publish
 from services.training.metrics import LINES, read_lines
 from services.training.parallel import Workers
@@ -33,7 +34,7 @@ class Interrupted(Run):
 
 
 def two_workers(rank: int, folder: Path, config: str) -> None:
-    """What each process runs: half a run, its other half as another run, and one that is poisoned on the second."""
+    """What each process runs: a run; half a sharded one, its other half as another; one poisoned on the second."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{os.environ['MEET']}", rank=rank, world_size=2)
     sharded = TrainConfig.model_validate_json(config)
@@ -42,6 +43,9 @@ def two_workers(rank: int, folder: Path, config: str) -> None:
         if made is not None:
             publish(made)
         dist.barrier()
+
+    replicated = sharded.model_copy(update={"name": "replicated", "workers": WorkersSection(count=2)})
+    Run(replicated, Workers(), torch.device("cpu"), report).train()
 
     first = Interrupted(sharded, Workers(), torch.device("cpu"), report)
     shards = [master.to_local().numel() for master in first.optimizer.masters]  # type: ignore[attr-defined]
@@ -63,7 +67,11 @@ def two_workers(rank: int, folder: Path, config: str) -> None:
     dist.destroy_process_group()
 
 
-def test_shards_are_one_worker_and_a_loss_that_is_no_number_ends_both(values, tmp_path, monkeypatch):
+def curve_of(run: Path, key: str) -> list[float]:
+    return [line[key] for line in read_lines(run / LINES) if key in line]
+
+
+def test_two_workers_are_one_and_a_loss_that_is_no_number_ends_both(values, tmp_path, monkeypatch):
     changes = {"schedule": {"kind": "constant"}, "optimizer": {"learning_rate": 0.01, "weight_decay": 0.1}}
     monkeypatch.setenv("MEET", "1")
     sharded = values(tmp_path, name="sharded", workers={"count": 2, "parallel": "fsdp"}, **changes)
@@ -72,17 +80,16 @@ def test_shards_are_one_worker_and_a_loss_that_is_no_number_ends_both(values, tm
     alone = TrainConfig.model_validate(values(tmp_path, name="alone", **changes))
     one = Alone(alone)
     one.run.train()
-    curves = [
-        [line["loss"] for line in read_lines(tmp_path / name / LINES) if "loss" in line]
-        for name in ("alone", "sharded")
-    ]
-    assert len(curves[0]) == 6
-    assert curves[1] == pytest.approx(curves[0], rel=1e-9)
-    for file in ("model.safetensors", TENSORS):
-        ours, theirs = (load_file(latest(tmp_path / name) / file) for name in ("sharded", "alone"))
+    for key in ("loss", "eval_loss"):
+        curve = curve_of(tmp_path / "alone", key)
+        assert len(curve) == {"loss": 6, "eval_loss": 4}[key]
+        for name in ("replicated", "sharded"):
+            assert curve_of(tmp_path / name, key) == pytest.approx(curve, rel=1e-9)
+    for name, file in product(("replicated", "sharded"), ("model.safetensors", TENSORS)):
+        ours, theirs = (load_file(latest(tmp_path / run) / file) for run in (name, "alone"))
         assert ours.keys() == theirs.keys()
-        for name, value in ours.items():
-            assert torch.allclose(value, theirs[name], rtol=1e-6, atol=1e-12), name
+        for tensor, value in ours.items():
+            assert torch.allclose(value, theirs[tensor], rtol=1e-6, atol=1e-12), tensor
 
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert {line["ended"] for line in told} == {NonFiniteLoss.__name__}

@@ -21,19 +21,24 @@ class Trainer:
     """Ray's, with one worker in this process that is never started anew."""
 
     started = 0
+    checkpoints = None  # what was asked of them
+    best = None
 
-    def __init__(self, loop, *, train_loop_config, **ignored) -> None:
+    def __init__(self, loop, *, train_loop_config, run_config, **ignored) -> None:
         self._loop, self._given = loop, train_loop_config
+        Trainer.checkpoints = run_config.checkpoint_config
 
     def fit(self):
         Trainer.started += 1
-        return SimpleNamespace(return_value=self._loop(self._given), get_best_checkpoint=lambda *_: None)
+        return SimpleNamespace(
+            return_value=self._loop(self._given), get_best_checkpoint=lambda *how: Trainer.best(*how)
+        )
 
 
 @pytest.fixture
 def here(monkeypatch):
     """Runs on `Trainer`."""
-    Trainer.started = 0
+    Trainer.started, Trainer.best = 0, lambda *_: None
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(train, "_Reporter", lambda: lambda metrics, folder, name: folder and train.publish(folder))
@@ -48,6 +53,25 @@ def test_a_run_is_exported_with_its_picture(here, written):
     assert "model.safetensors" in exported
     assert STATE not in exported
     assert (config.folder / "curve.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_the_best_checkpoints_are_kept_and_the_best_is_exported(here, written, monkeypatch, scored):
+    """By the evaluation's loss, of which less is better; without evaluation the latest."""
+    file = written(steps=2, checkpoints={"every": 1, "keep": 1}, **({} if scored else {"evaluation": None}))
+    config = TrainConfig.read(file)
+    first = config.folder / "checkpoint-0000001"
+    monkeypatch.setattr(
+        Trainer, "best", lambda *how: SimpleNamespace(path=first) if how == ("eval_loss", "min") else None
+    )
+    outcome = fit(config)
+    asked = Trainer.checkpoints
+    assert asked.num_to_keep == 1
+    assert asked.checkpoint_score_attribute == ("eval_loss" if scored else None)
+    assert asked.checkpoint_score_order == "min"
+    assert outcome["checkpoint"] == (first.name if scored else "checkpoint-0000002")
+    exported = (config.folder / "export" / "model.safetensors").read_bytes()
+    assert exported == (config.folder / outcome["checkpoint"] / "model.safetensors").read_bytes()
 
 
 def test_what_a_worker_refuses_ends_the_run_at_once(here, written):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from functools import lru_cache
 from importlib import resources
@@ -70,6 +71,10 @@ class Benchmark(Asking, Generic[R]):
         turn = Turn(question=asked.question, answer=expected[0], expected=expected, match="any")
         name = f"{self.path.name} {case.number}"
         return Item(name=name, task=self.section.task, document=asked.document, turns=(turn,), facts=self.facts(row))
+
+    def document(self, case: Case) -> str:
+        text = self.prompt(self.rows[case.number]).document
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
     def scores(self, case: Case, turn: Turn, answer: str) -> dict[str, float]:
         return self.judge(self.rows[case.number], answer)
