@@ -283,6 +283,7 @@ class CacheConfig:
     directory: folder of the local disk tier; None: there is none. disk_bytes: None: as much as the disk holds.
     shared: the tier that replicas share, a folder or the address of a Redis server (redis://...); None: there is none.
     shared_bytes: budget of a shared folder. shared_lifetime_s: what nobody reads for so long leaves Redis.
+    restore_bytes_per_s: the most that is read from slower tiers for streams that are taken up again; None: no limit.
     reuse: blocks of ended streams stay while there is room, for the next stream of the same tokens.
     boundary_segments: every so many segments a block holds what a stream goes on from, beside past KV; the cells that
         don't read make it large. A stream that is restored runs the segments after the last of them again.
@@ -295,13 +296,15 @@ class CacheConfig:
     shared: str | None = None
     shared_bytes: int | None = None
     shared_lifetime_s: int | None = None
+    restore_bytes_per_s: int | None = None
     reuse: bool = True
     boundary_segments: int = 1
 
     def __post_init__(self) -> None:
         _require_at_least(self, 0, "device_bytes", "host_bytes")
         _require_at_least(self, 1, "boundary_segments")
-        for name, least in (("disk_bytes", 0), ("shared_bytes", 0), ("shared_lifetime_s", 1)):
+        optional = {"disk_bytes": 0, "shared_bytes": 0, "shared_lifetime_s": 1, "restore_bytes_per_s": 1}
+        for name, least in optional.items():
             if getattr(self, name) is not None:
                 _require_at_least(self, least, name)
 

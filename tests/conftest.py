@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from segcore.config import Cell, LtriConfig, SegmentedConfig
+from segcore.engine.speed import Speed
 from segcore.model import CausalLM
 from tests.redis_server import RedisServer
 from tests.tokenizers import CHAT_TEMPLATE, byte_tokenizer
@@ -33,6 +34,14 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 8}),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _restoring_is_quicker() -> Iterator[None]:
+    """Past KV that is there is taken up: no test may depend on how quick the machine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Speed, "seconds", lambda *_: None)
+        yield
 
 
 def tiny_model(family: str = "llama", *, kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> PreTrainedModel:

@@ -11,6 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +69,10 @@ class EngineStats:
 
     slots: states on the device. working_sessions: have something to do; queued_sessions: those of them without a slot;
     queued_tokens: theirs that wait to be run, of streams that are taken up again, too. counts: of what was done since
-    the start: "tokens.prefill", "tokens.decode", "segments.run", "segments.adopted", "restored.found", "restored.lost"
-    (segments of streams that were taken up again), "recoveries".
+    the start: "tokens.prefill", "tokens.decode", "segments.run", "segments.adopted", "restored.found",
+    "restored.lost", "restored.recomputed" (segments of streams that were taken up again: past KV was there, wasn't, or
+    was slower to have than to make), "recoveries", "index.chosen", "index.found" (tokens that the oracle chose in
+    searches that were looked at, and those of them that the index found).
     """
 
     sessions: int
@@ -244,7 +247,8 @@ class Engine:
                 past.truncate(0)
                 raise
             self._steps.counts["restored.found"] += past.segments
-            self._steps.counts["restored.lost"] += len(keys) - past.segments
+            slow = past.segments < len(keys) and past.restore_seconds(keys[past.segments]) is not None
+            self._steps.counts["restored.recomputed" if slow else "restored.lost"] += len(keys) - past.segments
             self._place(session, state)
             self._add(session)
 
@@ -313,7 +317,7 @@ class Engine:
                 working_sessions=len(working),
                 queued_sessions=sum(session.id not in slots for session in working),
                 queued_tokens=sum(session.appended - session.state.length for session in working),
-                counts=dict(self._steps.counts),
+                counts={**self._steps.counts, **self._runner.policy.recall.counts},
             )
 
     def check_integrity(self, timeout_s: float = 60) -> None:
@@ -395,13 +399,17 @@ class Engine:
         return unpack(snapshot.tensors, self._runner.policy), None if logits is None else logits.to(self.spec.device)
 
     def _regain(self, past: SessionPast, keys: Sequence[str]) -> bool:
-        """Take up a past's blocks again, as far as they are there without a gap; whether all are."""
-        for key in keys[past.segments :]:
-            try:
-                past.adopt(key)
-            except PastKVError as error:
-                log.warning("%s; running its tokens again", error.message)
-                return False
+        """Take up a past's blocks again, as far as that is quicker than to run them; whether all are there."""
+        lacking = keys[past.segments :]
+        with closing(past.heads(lacking)) as heads:
+            for key in lacking:
+                if not self._steps.restores(past, key):
+                    return False
+                try:
+                    past.adopt(key, next(heads))
+                except PastKVError as error:
+                    log.warning("%s; running its tokens again", error.message)
+                    return False
         return True
 
     def _place(self, session: Session, state: State) -> None:

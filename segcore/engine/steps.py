@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,10 @@ from segcore.engine.request import Flush, Generation, Mark, Session, Step
 from segcore.engine.runner import Runner
 from segcore.engine.sampler import logprobs, sample
 from segcore.engine.snapshot import pack, unpack
+from segcore.engine.speed import Speed
 from segcore.errors import LimitExceeded, PastKVError, SegcoreError, SessionFailed, StorageFull
 from segcore.memory import is_out_of_memory
+from segcore.pastkv.session import SessionPast
 from segcore.sampling import FinishReason
 from segcore.segments import tokens_to_next_cut
 from segcore.state import State
@@ -40,7 +43,8 @@ class Steps:
 
     def __init__(self, runner: Runner, config: EngineConfig, max_tokens: int, changed: threading.Condition) -> None:
         self._runner, self._config, self._max_tokens, self._changed = runner, config, max_tokens, changed
-        self.counts: Counter[str] = Counter()  # what was done, by kind; written by the engine's thread alone
+        self.counts: Counter[str] = Counter()  # what was done, by kind
+        self._speed = Speed(runner.model.spec.device)
 
     def run(self, step: Step, sessions: list[Session]) -> None:
         """One turn. What goes wrong in one session ends that session alone, if anything."""
@@ -176,7 +180,10 @@ class Steps:
         count = tokens_BT.shape[1]
         states, pasts = [s.state for s, _ in running], [s.past for s, _ in running]
         try:
-            logits_B1V = self._runner.forward(tokens_BT, states, pasts, width=self._config.slots if count == 1 else 1)
+            with self._speed.measured(count) if count > 1 else nullcontext():
+                logits_B1V = self._runner.forward(
+                    tokens_BT, states, pasts, width=self._config.slots if count == 1 else 1
+                )
         except Exception as error:
             for session, _ in running:
                 self._end(session, error)
@@ -254,7 +261,7 @@ class Steps:
         before = resumable = past.segments
         while (following := self._following(session)) is not None:
             key, tokens, ends = following
-            if not past.available(key):
+            if not self.restores(past, key):
                 break
             adopted = past.adopt(key)
             if adopted:
@@ -270,6 +277,16 @@ class Steps:
             return False
         self.counts["segments.adopted"] += resumable - before
         session.state, session.logits_V = self._runner.resume(boundary, past)
+        return True
+
+    def restores(self, past: SessionPast, key: str) -> bool:
+        """Whether a block is there, and is taken up no slower than its segment is run, as far as both are known."""
+        restore_s, run_s = past.restore_seconds(key), self._speed.seconds(self._config.segment.segment_tokens)
+        if restore_s is None:
+            return False
+        if run_s is not None and restore_s > run_s:
+            log.info("a segment is run again in %.3f s, for restoring it takes %.3f s", run_s, restore_s)
+            return False
         return True
 
     def _following(self, session: Session) -> tuple[str, list[int], list[int]] | None:

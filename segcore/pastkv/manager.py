@@ -13,12 +13,14 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +40,8 @@ from segcore.pastkv.redis import RedisTier
 from segcore.pastkv.session import SessionPast
 from segcore.pastkv.transfer import Transfer
 from segcore.pinned import within_reach
+from segcore.rate import Pace, Rate
+from segcore.tracing import span
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,8 +49,9 @@ T = TypeVar("T")
 # The share of host memory that rows of blocks in slower tiers may take.
 ROWS_SHARE = 8
 _BULK = "kv_SC2D"
-# Blocks that are prefetched at once.
+# Blocks that are prefetched at once, and heads of blocks that are read ahead.
 READERS = 4
+HEADS_AHEAD = 2 * READERS
 
 
 @dataclass
@@ -82,6 +87,9 @@ class PastKVManager:
         self._memory = [tier for tier in (self._device, self._host) if tier is not None]
         self._rows = RowCache(config.host_bytes // ROWS_SHARE if self._slower else 0)
         self._guard = Guard()
+        self._pace = Pace(config.restore_bytes_per_s)
+        self._head_rates = {tier.name: Rate() for tier in self._slower}
+        self._head_bytes = 0
         self._transfer = Transfer(device)
         self._lock = threading.RLock()
         self._uses: dict[str, _Use] = {}
@@ -274,7 +282,29 @@ class PastKVManager:
         try:
             return self._host.head(key)
         except BlockMissing:
-            return self._from_slower(key, lambda tier: tier.head(key))
+            return self._from_slower(key, lambda tier: self._read_head(tier, key))
+
+    def heads(self, keys: Sequence[str]) -> Generator[BlockHead]:
+        """The heads of blocks in order, the next ones being read meanwhile. Raises PastKVError; then it has ended."""
+        ahead, rest = deque[Future[BlockHead]](), iter(keys)
+        try:
+            while True:
+                for key in islice(rest, HEADS_AHEAD - len(ahead)):
+                    ahead.append(self._reader.submit(copy_context().run, self.head, key))
+                if not ahead:
+                    return
+                yield ahead.popleft().result()
+        finally:
+            for reading in ahead:
+                reading.cancel()
+
+    def restore_seconds(self, key: str) -> float | None:
+        """How long it takes to take up a block, as far as known; None if no tier has it."""
+        block = self._host.find(key)
+        if block is not None and block.boundary:
+            return 0.0
+        tier = next((t for t in self._slower if self._guard.attempt_or(False, t, lambda t: t.holds(key))), None)
+        return None if tier is None else self._head_rates[tier.name].seconds(self._head_bytes) or 0.0
 
     def holds(self, key: str) -> bool:
         """Whether a tier has the block, complete, as far as can be told without reading it."""
@@ -491,12 +521,25 @@ class PastKVManager:
             with self._lock:
                 self._reading.pop(key, None)
 
+    def _read_head(self, tier: Tier, key: str) -> BlockHead:
+        """A block's head from a slower tier, at the pace that is allowed; how long it takes is noted."""
+        rate, size = self._head_rates[tier.name], 0
+        rate.begin()
+        try:
+            head = tier.head(key)
+            size = self._head_bytes = nbytes(head.index) + nbytes(head.boundary)
+            self._pace.wait(size)
+        finally:
+            rate.end(size)
+        return head
+
     def _from_slower(self, key: str, read: Callable[[Tier], T]) -> T:
         """Read a block from the nearest slower tier that gives it whole; damaged ones are deleted."""
         failure: PastKVError = BlockMissing(f"block {key} isn't held anywhere")
         for tier in self._slower:
             try:
-                found = self._guard.attempt(tier, read)
+                with span("past KV read", tier=tier.name, block=key):
+                    found = self._guard.attempt(tier, read)
             except BlockMissing:
                 self._lost(tier, key)
             except (BlockDamaged, BlockMismatch) as error:

@@ -5,7 +5,7 @@ Shapes: C cells, R retrieved tokens, S tokens of a segment, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,19 +135,23 @@ class SessionPast:
                 self._manager.share(key, {})
         return fork
 
-    def adopt(self, key: str) -> dict[str, Tensor]:
+    def adopt(self, key: str, head: BlockHead | None = None) -> dict[str, Tensor]:
         """Continue with a block that another stream made of the same tokens; returns its boundary, or nothing.
 
-        Raises PastKVError; then nothing changes.
+        head: the block's, if it has been read already. Raises PastKVError; then nothing changes.
         """
-        head = self._manager.head(key)
+        head = head or self._manager.head(key)
         shared = self._manager.share(key, self._kept(head.index))
         self._take(key, head.index if self.search is not None else shared)
         return _boundary(head)
 
-    def available(self, key: str) -> bool:
-        """Whether a block can be had, as far as can be told without reading it."""
-        return self._manager.holds(key)
+    def heads(self, keys: Sequence[str]) -> Generator[BlockHead]:
+        """The heads of blocks that are adopted one by one, read ahead. Raises PastKVError; then it has ended."""
+        return self._manager.heads(keys)
+
+    def restore_seconds(self, key: str) -> float | None:
+        """How long it takes to adopt a block, 0 if that isn't known; None if it can't be had."""
+        return self._manager.restore_seconds(key)
 
     def boundary(self) -> dict[str, Tensor]:
         """The last block's boundary, empty if it has none. Raises PastKVError."""

@@ -14,6 +14,7 @@ from segcore.errors import ConfigError
 from segcore.model import ModelSpec, Rope
 from segcore.pastkv.base import PastLayout
 from segcore.pastkv.session import SessionPast
+from segcore.retrieval.recall import Recall
 from segcore.state import State, Window
 
 C = TypeVar("C", bound=SegmentConfig)
@@ -23,7 +24,8 @@ class Policy(ABC, Generic[C]):
     """A rule of segmented execution. Holds no stream's state, so one serves every session of an engine.
 
     original_positions: a token keeps its position in the stream; else positions are those within prefix and segment.
-    bounded: a session's bytes on the device don't grow with its stream.
+    bounded: a session's bytes on the device don't grow with its stream. recall: of what is chosen by an index that can
+    miss.
     """
 
     original_positions: ClassVar[bool] = False
@@ -32,6 +34,7 @@ class Policy(ABC, Generic[C]):
     def __init__(self, config: C, spec: ModelSpec, rope: Rope) -> None:
         self.config, self.spec, self.rope = config, spec, rope
         self.like = torch.empty(0, dtype=spec.dtype, device=spec.device)
+        self.recall = Recall()
 
     @property
     def watched(self) -> tuple[Cell, ...]:

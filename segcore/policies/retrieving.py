@@ -151,7 +151,9 @@ class RetrievingPolicy(Policy[C]):
         state.queries = [boundary[f"queries.{i}"].to(device) for i in range(len(self.watched))]
         state.retrieved_CR = boundary["retrieved"]
         sinks, tail = sinks_and_tail(state.length, self.config.sink_tokens, self.config.reader_tail_tokens)
-        kv_NC2D = past.gather(torch.cat([torch.arange(sinks), torch.arange(state.length - tail, state.length)]))
+        ends_N = torch.cat([torch.arange(sinks), torch.arange(state.length - tail, state.length)])
+        past.prefetch(torch.cat([ends_N, state.retrieved_CR.flatten()]))
+        kv_NC2D = past.gather(ends_N)
         ends, others = {}, []
         for layer, i, window in _numbered(state):
             if self._reads(layer, window):

@@ -78,6 +78,7 @@ class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
             dtype=self.spec.dtype,
             device=self.spec.device,
             block=self.config.block_tokens,
+            recall=self.recall,
         )
 
     def choose(self, state: State, past: SessionPast, first: int, stop: int) -> Tensor:

@@ -9,6 +9,7 @@ from segcore.retrieval.base import IndexSpec, KeyIndex
 from segcore.retrieval.choose import NEIGHBOUR_MARGIN, choose_blocks, score_tokens
 from segcore.retrieval.exhaustive import ExhaustiveIndex
 from segcore.retrieval.lowrank import LowRankIndex
+from segcore.retrieval.recall import Recall
 
 __all__ = [
     "INDEXES",
@@ -28,8 +29,23 @@ INDEXES: dict[str, type[ExhaustiveIndex] | type[LowRankIndex]] = {
 
 
 def make_index(
-    name: str, *, selectors: int, head_dim: int, dtype: torch.dtype, device: torch.device, block: int
+    name: str,
+    *,
+    selectors: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    block: int,
+    recall: Recall | None = None,
 ) -> KeyIndex:
-    """An empty index; `name` is a key of INDEXES."""
-    spec = IndexSpec(selectors=selectors, head_dim=head_dim, dtype=dtype, device=device, block=block)
-    return INDEXES[name](spec)
+    """An empty index; `name` is a key of INDEXES. recall: where what it finds is counted."""
+    return INDEXES[name](
+        IndexSpec(
+            selectors=selectors,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+            block=block,
+            recall=recall or Recall(),
+        )
+    )

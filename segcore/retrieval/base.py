@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from segcore.retrieval.recall import Recall
 
 # Numbers that a scan works on at a time: what a core's cache holds, or enough to keep a GPU busy.
 _SCRATCH_NUMBERS = {"cpu": 2**20, "cuda": 2**25}
@@ -23,7 +25,8 @@ class IndexSpec:
     """What an index is made for.
 
     block: tokens of a block. device_budget_bytes: what the index may hold on `device`; beyond it, it lives in host
-    memory and is streamed. On a CPU both are the same memory, counted apart.
+    memory and is streamed. On a CPU both are the same memory, counted apart. recall: where indexes that can miss count
+    what they find.
     """
 
     selectors: int
@@ -32,6 +35,7 @@ class IndexSpec:
     device: torch.device
     block: int
     device_budget_bytes: int = 2**30
+    recall: Recall = field(default_factory=Recall, compare=False)
 
 
 class KeyIndex(ABC):

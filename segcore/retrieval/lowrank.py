@@ -89,7 +89,11 @@ class LowRankIndex(KeyIndex):
         exact = self._exact.best_of(queries_CGWD, top, first=first, stop=stop)
         # Other blocks keep their estimates, which decide nothing unless the candidates were too few.
         best_B = best_B.to(exact.dtype).index_copy(0, top, exact)
-        return choose_positions(best_B, first=first, stop=stop, tokens=tokens, block=self._spec.block)
+        chosen = choose_positions(best_B, first=first, stop=stop, tokens=tokens, block=self._spec.block)
+        if self._spec.recall.due():
+            oracle = self._exact.search(queries_CGWD, first=first, stop=stop, tokens=tokens, block=self._spec.block)
+            self._spec.recall.look(chosen, oracle)
+        return chosen
 
     def _truncate(self, segments: int) -> None:
         self._exact.truncate(segments * self._segment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class _Question:
 class _Corpus:
     paragraphs: tuple[str, ...]
     questions: tuple[_Question, ...]
+    digest: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,13 @@ class Questions:
     def __post_init__(self) -> None:
         if self.turns < 1:
             raise ConfigError("questions: turns must be at least 1")
+
+    def digest(self, split: Split) -> str:
+        """A hash of the data. Raises ConfigError for data that are missing, malformed or too few."""
+        corpus = _corpus(self.data, split)
+        if self.turns > len(corpus.questions):
+            raise ConfigError(f"questions: {self.data} has {len(corpus.questions)} for {split}, and not {self.turns}")
+        return corpus.digest
 
     def make(self, room: Room, seed: str) -> Item:
         rng = rng_of(f"{self}", room, seed)
@@ -90,9 +99,13 @@ def _corpus(data: str, split: Split) -> _Corpus:
     """What one split may use: paragraphs go by their article, and questions by their paragraphs."""
     path = ruler_data(f"{data}.json") if data in ("squad", "hotpotqa") else Path(data)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
         read: Callable[[Any], Iterator[_Read]] = _squad if isinstance(raw, dict) else _hotpot
-        return _gathered(path.name, read(raw), split)
+        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return _gathered(path.name, digest, read(raw), split)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: {error.msg}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is neither in SQuAD's format nor in HotpotQA's: {error!r}") from error
 
@@ -101,7 +114,7 @@ def _corpus(data: str, split: Split) -> _Corpus:
 _Read = tuple[list[tuple[str, str]], str, tuple[str, ...], set[int]]
 
 
-def _gathered(name: str, read: Iterator[_Read], split: Split) -> _Corpus:
+def _gathered(name: str, digest: str, read: Iterator[_Read], split: Split) -> _Corpus:
     paragraphs: dict[str, int] = {}
     questions = []
     for group, text, answers, needed in read:
@@ -115,7 +128,7 @@ def _gathered(name: str, read: Iterator[_Read], split: Split) -> _Corpus:
         questions.append(_Question(text, answers, tuple(own[i] for i in sorted(needed))))
     if not questions:
         raise ConfigError(f"{name} has no question for the {split} split")
-    return _Corpus(tuple(paragraphs), tuple(questions))
+    return _Corpus(tuple(paragraphs), tuple(questions), digest)
 
 
 def _squad(raw: Any) -> Iterator[_Read]:

@@ -69,8 +69,8 @@ class TaskSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _find_data(cls, given: Any, info: ValidationInfo) -> Any:
-        if isinstance(given, dict) and isinstance(given.get("data"), str):
-            return given | {"data": _if_there(given["data"], info)}
+        if isinstance(given, dict) and isinstance(given.get("data"), str) and {"/", "."} & set(given["data"]):
+            return given | {"data": str(_beside_the_file(Path(given["data"]), info))}
         return given
 
     @property

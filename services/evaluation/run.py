@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,17 +73,17 @@ def evaluate(
     """
     plan = Plan.of(config)
     check_settings(plan)
-    results = ResultFile(config.folder / RESULTS)
-    if unknown := results.results.keys() - set(plan.keys):
-        raise ConfigError(f"{results.path} has results of other cases, such as {sorted(unknown)[0]}")
-    left, told = results.left(plan.keys), on_result or (lambda done, total, arm: None)
-    told(len(results.results), len(plan.keys), "")
-    if left:
-        with _ray(config, address) if ray else nullcontext():
-            for result in dealt(plan, left, _Pool(config) if ray else Processes(config)):
-                results.add(result)
-                told(len(results.results), len(plan.keys), result["arm"])
-    assert set(results.results) == set(plan.keys), "a case was lost"
+    told = on_result or (lambda done, total, arm: None)
+    with closing(ResultFile(config.folder / RESULTS)) as results:
+        if unknown := results.results.keys() - set(plan.keys):
+            raise ConfigError(f"{results.path} has results of other cases, such as {sorted(unknown)[0]}")
+        told(len(results.results), len(plan.keys), "")
+        if left := results.left(plan.keys):
+            with _ray(config, address) if ray else nullcontext():
+                for result in dealt(plan, left, _Pool(config) if ray else Processes(config)):
+                    results.add(result)
+                    told(len(results.results), len(plan.keys), result["arm"])
+        assert set(results.results) == set(plan.keys), "a case was lost"
     return config.folder
 
 

@@ -15,7 +15,7 @@ from segcore.config import MIB
 from segcore.errors import NotFound
 from services.evaluation.config import EvalConfig
 from services.evaluation.measures import SHARE, Measure
-from services.evaluation.results import Result, ResultFile
+from services.evaluation.results import Result, read_results
 from services.evaluation.run import RESULTS, SETTINGS
 from services.evaluation.tasks.registry import SUITES
 
@@ -72,7 +72,7 @@ class Summary:
         if not settings.keys() >= {"run", "code", "planned", "data", "config"}:
             raise NotFound(f"{folder} is an evaluation of another version of segcore: run it again")
         config = EvalConfig.model_validate(settings["config"])
-        found = list(ResultFile(folder / RESULTS).results.values())
+        found = list(read_results(folder / RESULTS).values())
         return cls(config, found, settings["planned"], settings["run"], settings["code"], settings["data"])
 
     @property

@@ -47,8 +47,8 @@ class ServeConfig(BaseModel):
     front_resources, engine_resources: Ray's custom resources that each takes, and so on which nodes it runs; `segcore
     serve`, on one node, leaves them out.
     past_directory: where past KV is written through to. past_shared: the tier that replicas share, a folder or the
-    address of a Redis server (redis://...); past_shared_bytes: such a folder's budget. past_boundary_segments: as
-    `CacheConfig.boundary_segments`.
+    address of a Redis server (redis://...); past_shared_bytes: such a folder's budget. past_boundary_segments,
+    past_restore_bytes_per_s: as `CacheConfig.boundary_segments` and restore_bytes_per_s.
     host, grpc_port, http_port: where each front listens, over TLS if there is a certificate (PEM files); with
     tls_client_ca clients need a certificate that it signed. serve_grpc_port: Serve's own proxy beside it, without TLS.
     fronts: how many there are; one a node.
@@ -99,6 +99,7 @@ class ServeConfig(BaseModel):
     past_shared: str | None = None
     past_shared_bytes: int | None = Field(default=None, ge=0)
     past_boundary_segments: int = Field(default=1, ge=1)
+    past_restore_bytes_per_s: int | None = Field(default=None, ge=1)
     sessions: str = Field(default_factory=lambda: str(cache_directory() / "sessions.sqlite"))
     session_ttl_s: float | None = Field(default=30 * 24 * 3600.0, gt=0)
     lease_s: float = Field(default=5.0, gt=0)
@@ -168,6 +169,7 @@ class ServeConfig(BaseModel):
                 shared=self.past_shared,
                 shared_bytes=self.past_shared_bytes,
                 boundary_segments=self.past_boundary_segments,
+                restore_bytes_per_s=self.past_restore_bytes_per_s,
             ),
             chunk_tokens=self.chunk_tokens,
             attention=self.attention,

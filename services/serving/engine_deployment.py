@@ -185,6 +185,7 @@ _COUNTED = (
     ("tokens.", "segcore_run_tokens", "kind"),
     ("segments.", "segcore_segments", "outcome"),
     ("restored.", "segcore_restored_segments", "outcome"),
+    ("index.", "segcore_index_tokens", "kind"),
 )
 
 

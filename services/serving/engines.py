@@ -1,7 +1,8 @@
 """The engine tier, as those in front of it see it: any session's calls, which survive the replicas that carry them out.
 
 A call is routed to the replica that most likely has the session in memory. If that one goes, or sends the session
-elsewhere, the call is made again: each can be, without being carried out twice.
+elsewhere, the call is made again: each can be, without being carried out twice. If it says nothing at all, its node may
+be cut off, which Ray takes a minute to notice: then another replica is asked, and the lease keeps the two apart.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -30,6 +31,12 @@ _BY_REQUEST = ("create", "delete", "fork", "rewind", "import_session")
 _LONGEST_WAIT_S = 1.0
 # How long a call is tried on, beside the time that a lost replica's lease lasts.
 _PATIENCE_S = 15.0
+# How long a replica may say nothing, beside the slice that it works for; and one that is asked whether it is there.
+_SILENCE_S = 10.0
+_ANSWERS_S = 1.0
+_PLACES = 8
+# These may take long before they say anything.
+_LONG = ("import_session", "passages")
 
 
 class Engines:
@@ -38,40 +45,47 @@ class Engines:
     def __init__(self, handle: DeploymentHandle, config: ServeConfig) -> None:
         self._handle, self._config = handle, config
         self._patience_s = 2 * config.lease_s + _PATIENCE_S
+        self._silence_s = config.slice_s + _SILENCE_S
 
     async def call(self, method: str, tenant: str, session_id: str = "", *args: Any, **options: Any) -> Any:
         """One call, once a replica has answered it."""
         if method in _BY_REQUEST and not options.get("request_id"):
             options["request_id"] = uuid.uuid4().hex
-        patience = _Patience(self._patience_s)
+        patience, way = self._patience(), self._way(session_id)
+        who = (tenant, session_id) if session_id else (tenant,)
         while True:
             try:
-                at = self._at(session_id)
-                who = (tenant, session_id) if session_id else (tenant,)
-                return await getattr(at, method).remote(*who, *args, **options)
+                async with asyncio.timeout(None if method in _LONG else self._silence_s):
+                    return await getattr(way.at, method).remote(*who, *args, **options)
             except Exception as error:
-                await patience.wait(as_segcore_error(error))
+                await patience.wait(await way.known(error))
 
     async def info(self) -> ServerInfo:
-        """What the service runs and accepts."""
-        try:
-            made: ServerInfo = await self._handle.info.remote()
-            return made
-        except Exception as error:
-            raise as_segcore_error(error) from None
+        """What the service runs and accepts. Raises Unavailable if no engine says so."""
+        way = self._way(uuid.uuid4().hex)
+        for silence in (_ANSWERS_S, self._silence_s):
+            try:
+                async with asyncio.timeout(silence):
+                    made: ServerInfo = await way.at.info.remote()
+                    return made
+            except Exception as error:
+                known = await way.known(error)
+                if not isinstance(error, TimeoutError):
+                    raise known from None
+        raise known
 
     async def append(
         self, tenant: str, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None
     ) -> UploadAck:
         """`Sessions.append`, until there is room. ends: when the caller's time is up, by the monotonic clock."""
-        patience, tried, stop = _Patience(self._patience_s), False, str(offset + len(data))
+        patience, way, tried, stop = self._patience(), self._way(session_id), False, str(offset + len(data))
         while True:
             try:
-                at = self._at(session_id)
                 where = (tenant, session_id, document_id, offset, data)
-                ack: UploadAck = await at.append.remote(*where, timeout_s=_left(ends))
+                async with asyncio.timeout(self._silence_s):
+                    ack: UploadAck = await way.at.append.remote(*where, timeout_s=_left(ends))
             except Exception as error:
-                known = as_segcore_error(error)
+                known = await way.known(error)
                 taken = isinstance(known, WrongOffset) and known.details.get("committed_offset") == stop
                 if not (tried and taken):  # else only the answer to the earlier try was lost
                     await patience.wait(known)
@@ -101,7 +115,7 @@ class Engines:
     async def export(self, tenant: str, session_id: str) -> AsyncIterator[bytes]:
         """`Sessions.export`; a broken one isn't taken up."""
         try:
-            async for data in self._at(session_id).options(stream=True).export.remote(tenant, session_id):
+            async for data in self._way(session_id).at.options(stream=True).export.remote(tenant, session_id):
                 yield data
         except Exception as error:
             raise as_segcore_error(error) from None
@@ -125,14 +139,13 @@ class Engines:
         named, ends = bool(request_id), None if timeout_s is None else time.monotonic() + timeout_s
         request_id, finished = request_id or uuid.uuid4().hex, False
 
-        def begin(after: int) -> Any:
+        def begin(at: DeploymentHandle, after: int) -> Any:
             options: dict[str, Any] = {"request_id": request_id, "after": after, "slice_s": self._config.slice_s}
             options |= {"timeout_s": _left(ends), "expected_generation": expected_generation}
-            at = self._at(session_id).options(stream=True)
-            return at.generate.remote(tenant, session_id, question, params, **options)
+            return at.options(stream=True).generate.remote(tenant, session_id, question, params, **options)
 
         try:
-            async with aclosing(self._taken_up(begin, after)) as parts:
+            async with aclosing(self._taken_up(self._way(session_id), begin, after)) as parts:
                 async for part in parts:
                     finished = part.finish_reason is not None
                     yield part
@@ -146,42 +159,73 @@ class Engines:
     async def complete(self, tenant: str, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[AnswerPart]:
         """`Completions.complete`, over as many replicas as it takes: another one says the same from the beginning."""
 
-        def begin(after: int) -> Any:
-            at = self._handle.options(session_id=uuid.uuid4().hex, stream=True)
-            return at.complete.remote(tenant, prompt, params, after)
+        def begin(at: DeploymentHandle, after: int) -> Any:
+            return at.options(stream=True).complete.remote(tenant, prompt, params, after)
 
-        async with aclosing(self._taken_up(begin, 0)) as parts:
+        async with aclosing(self._taken_up(self._way(uuid.uuid4().hex), begin, 0)) as parts:
             async for part in parts:
                 yield part
 
-    async def _taken_up(self, begin: Callable[[int], Any], after: int) -> AsyncGenerator[AnswerPart]:
-        """An answer's parts, taken up where a replica leaves it. begin: asks for those after so many tokens."""
-        patience, finished = _Patience(self._patience_s), False
+    async def _taken_up(
+        self, way: _Way, begin: Callable[[DeploymentHandle, int], Any], after: int
+    ) -> AsyncGenerator[AnswerPart]:
+        """An answer's parts, taken up where a replica leaves it. begin: asks one for those after so many tokens."""
+        patience, finished = self._patience(), False
         while not finished:
             try:
-                async with aclosing(_stream(begin(after))) as parts:
+                async with aclosing(_stream(begin(way.at, after), self._silence_s)) as parts:
                     async for part in parts:
-                        patience = _Patience(self._patience_s)
+                        patience = self._patience()
                         after, finished = part.token_index, part.finish_reason is not None
                         yield part
-            except SegcoreError as error:
-                await patience.wait(error)
+            except (SegcoreError, TimeoutError, RayError, RayServeException) as error:
+                await patience.wait(await way.known(error))
 
-    def _at(self, session_id: str) -> DeploymentHandle:
-        if not session_id:
-            return self._handle
-        check_name("session_id", session_id)
-        return self._handle.options(session_id=session_id)
+    def _patience(self) -> _Patience:
+        return _Patience(self._patience_s)
+
+    def _way(self, session_id: str) -> _Way:
+        if session_id:
+            check_name("session_id", session_id)
+        return _Way(self._handle, session_id)
 
 
-async def _stream(parts: Any) -> AsyncGenerator[AnswerPart]:
+async def _stream(parts: Any, silence_s: float) -> AsyncGenerator[AnswerPart]:
+    """A replica's parts. Raises TimeoutError if none comes for so long, and what the replica raises."""
+    coming = aiter(parts)
     try:
-        async for part in parts:
+        while True:
+            async with asyncio.timeout(silence_s):
+                part = await anext(coming, None)
+            if part is None:
+                return
             yield part
-    except (SegcoreError, RayError, RayServeException) as error:
-        raise as_segcore_error(error) from None
     finally:
         parts.cancel()  # has no effect once it has ended
+
+
+class _Way:
+    """To the replica of a session, or any if there is none; around it once it has said nothing for too long.
+
+    at: where the next call goes.
+    """
+
+    def __init__(self, handle: DeploymentHandle, session_id: str) -> None:
+        self._handle, self._session_id = handle, session_id
+        self.at = handle.options(session_id=session_id) if session_id else handle
+
+    async def known(self, error: Exception) -> SegcoreError:
+        """A call's failure, as clients may know it; the next call goes elsewhere if it had no answer."""
+        if not isinstance(error, TimeoutError):
+            return as_segcore_error(error)
+        log.warning("an engine says nothing; others are asked")
+        for place in range(_PLACES):  # of the ring, where each replica has many
+            self.at = self._handle.options(session_id=f"{self._session_id}/{place}")
+            with suppress(TimeoutError, RayError, RayServeException):
+                async with asyncio.timeout(_ANSWERS_S):
+                    await self.at.info.remote()
+                    break
+        return Unavailable("the replica that works on the session says nothing; try again")
 
 
 class _Patience:

@@ -38,6 +38,7 @@ METRICS: dict[str, Metric] = {
     "segcore_past_bytes": Metric("gauge", "Past KV", ("tier",)),
     "segcore_segments": Metric("counter", "Segments that were run, or taken over from past KV", ("outcome",)),
     "segcore_restored_segments": Metric("counter", "Segments of sessions taken up again, by outcome", ("outcome",)),
+    "segcore_index_tokens": Metric("counter", "Tokens that the oracle chose in some searches; those found", ("kind",)),
     "segcore_recoveries": Metric("counter", "Times that past KV was lost or damaged, and made again"),
     "segcore_tier_faults": Metric("counter", "What went wrong in tiers; BlockMismatch is a fingerprint", ("fault",)),
     "segcore_fingerprint_refusals": Metric("counter", "Sessions of another model or configuration that were refused"),

@@ -12,6 +12,7 @@ from functools import partial
 from segcore.engine.engine import Engine
 from segcore.errors import Busy, FailedPrecondition, LimitExceeded, NotFound, SessionLost
 from segcore.text import DocumentEncoder
+from segcore.tracing import span
 from segcore.weights import LoadedModel
 from services.serving.config import ServeConfig
 from services.serving.directory.base import Name
@@ -97,7 +98,8 @@ class Residents:
         live.resident, live.digest = True, found.digest
         replay = partial(self._engine.replay, live.key, found.tokens, found.stops, tenant=live.name.tenant)
         try:
-            await _to_its_end(replay)
+            with span("session taken up", tokens=len(found.tokens)):
+                await _to_its_end(replay)
         except BaseException:
             await self.let_go(live)
             raise

@@ -1,19 +1,25 @@
-"""A run by one worker in this process, without Ray: the same worker, checkpoints and export.
+"""A run without Ray, on this machine: the same workers, checkpoints and export.
 
-For one machine where Ray isn't, or isn't worth its start. What Ray would do besides is left out: a worker that dies
-isn't started anew, but `segcore train resume` goes on from the newest checkpoint.
+One worker is this process; several are processes of its own, which share the GPUs there are: passes of a small model
+are launched more slowly than they are computed, so that a few workers on one GPU are quicker than one. What Ray would
+do besides is left out: a worker that dies ends the run, and `segcore train resume` goes on from the newest checkpoint.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
-from segcore.errors import ConfigError
+from segcore.errors import SegcoreError
 from services.training.config import TrainConfig
 from services.training.folders import Progress, checkpoints, latest, publish
 from services.training.parallel import Workers
@@ -22,15 +28,40 @@ from services.training.worker import Run
 
 
 def fit_alone(config: TrainConfig) -> Outcome:
-    """As `train.fit`. Raises SegcoreError."""
-    if config.workers.least > 1:
-        raise ConfigError(f"workers.count={config.workers.count}: without Ray there is one worker")
+    """As `train.fit`, with the least number of workers. Raises SegcoreError."""
+    world = config.workers.least
+    if world == 1:
+        work(config, 0)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            errors: Any = mp.get_context("spawn").SimpleQueue()
+            spawn(join, (config.to_json(), world, f"file://{folder}/meeting", errors), nprocs=world)
+            if not errors.empty():
+                raise errors.get()
+    found = ranked(config.folder)
+    progress = Progress.read(latest(config.folder) or found[0])
+    return {"step": progress.step, "metrics": progress.metrics, **exported(config, found[0])}
+
+
+def work(config: TrainConfig, rank: int) -> None:
+    """A worker's run."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     torch.set_num_threads(config.workers.threads or max(1, int(config.workers.cpus)))
-    device = torch.device("cuda" if config.workers.gpus else "cpu")
-    run = Run(config, Workers(), device, partial(appear, config))
-    step = run.train().step
-    return {"step": step, "metrics": run.metrics, **exported(config, next(iter(ranked(config.folder)), None))}
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if config.workers.gpus else torch.device("cpu")
+    Run(config, Workers(), device, partial(appear, config)).train()
+
+
+def join(rank: int, settings: str, world: int, meeting: str, errors: Any) -> None:
+    """A worker's process: what fails on one fails on all, and the first tells it."""
+    # Gloo for GPUs too: NCCL won't have two workers on one of them.
+    dist.init_process_group("cpu:gloo,cuda:gloo", init_method=meeting, rank=rank, world_size=world)
+    try:
+        work(TrainConfig.model_validate_json(settings), rank)
+    except SegcoreError as error:
+        if rank == 0:
+            errors.put(error)
+    finally:
+        dist.destroy_process_group()
 
 
 def appear(config: TrainConfig, metrics: dict[str, float], folder: Path | None, name: str) -> None:

@@ -79,3 +79,21 @@ def test_files_that_the_application_names_are_mounted(services):
     }
     password = application["args"]["redis_password"]
     assert all(password in [secret["target"] for secret in services[node]["secrets"]] for node in NODES)
+
+
+def test_grafana_finds_the_dashboard_and_prometheus(services):
+    mounts = {mount["target"]: Path(mount["source"]) for mount in services["grafana"]["volumes"]}
+    provisioning = mounts["/etc/grafana/provisioning"]
+    (provider,) = read(provisioning / "dashboards" / "segcore.yaml")["providers"]
+    (source,) = read(provisioning / "datasources" / "prometheus.yaml")["datasources"]
+    folder = mounts[provider["options"]["path"]]
+    (dashboard,) = (json.loads(file.read_text()) for file in folder.rglob("*.json"))
+    assert source["url"] == f"http://prometheus:{services['prometheus']['ports'][0]['target']}"
+    (variable,) = (each for each in dashboard["templating"]["list"] if each["type"] == "datasource")
+    assert variable["query"] == source["type"]
+    panels = [panel for panel in dashboard["panels"] if "targets" in panel]
+    assert {panel["datasource"]["uid"] for panel in panels} == {f"${{{variable['name']}}}"}
+
+
+def read(file: Path) -> dict:
+    return yaml.safe_load(file.read_text())

@@ -1,4 +1,4 @@
-"""docker-compose.yml at work: `make cluster-up-test` starts it, and this kills an engine while it answers."""
+"""docker-compose.yml at work: `make cluster-up-test` starts it; engines are killed and cut off while they answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ pytestmark = [
 SECRETS = ROOT / ".secrets"
 TEXT = (ROOT / "docs" / "architecture.md").read_text()[:6000].encode()
 SESSIONS = [f"up-{i}-{time.time_ns()}" for i in range(6)]
-WAIT_S = 240
+TOKENS = 100
+WAIT_S = 300
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +76,12 @@ class Service:
         return text
 
 
+def docker(*words: str) -> str:
+    return subprocess.run(["docker", *words], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
 def compose(*words: str) -> str:
-    command = ["docker", "compose", "--profile", "cpu", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return docker("compose", "--profile", "cpu", *words)
 
 
 def eventually(service: Service, session: str, tokens: int) -> str:
@@ -95,24 +100,66 @@ def test_strangers_are_turned_away():
     assert answer.status_code == 401
 
 
-def test_sessions_outlive_the_engine_that_they_were_on(service):
-    for session in SESSIONS:
+@pytest.fixture(scope="module")
+def expected(service) -> str:
+    """What a session answers that nobody disturbs."""
+    session = f"{SESSIONS[0]}-alone"
+    service.upload(session)
+    return service.ask(session, TOKENS)
+
+
+@contextmanager
+def everybody_asking(service: Service, sessions: list[str]) -> Iterator[list[Future[str]]]:
+    """Documents streamed in, and an answer to each under way."""
+    for session in sessions:
         service.upload(session)
-    begun = [threading.Event() for _ in SESSIONS]
-    with ThreadPoolExecutor(len(SESSIONS)) as threads:
-        asked = [threads.submit(service.ask, s, 120, b) for s, b in zip(SESSIONS, begun, strict=True)]
+    begun = [threading.Event() for _ in sessions]
+    with ThreadPoolExecutor(len(sessions)) as threads:
+        asked = [threads.submit(service.ask, s, TOKENS, b) for s, b in zip(sessions, begun, strict=True)]
         assert all(event.wait(WAIT_S) for event in begun)
+        yield asked
+
+
+def test_sessions_outlive_the_engine_that_they_were_on(service, expected):
+    with everybody_asking(service, SESSIONS) as asked:
         compose("kill", "engine-1")
-        broken = [future.exception(300) is not None for future in asked]
-    whole = {future.result() for future in asked if future.exception() is None}
-    try:
-        assert not all(broken)
-        assert len(whole) == 1
-        for session in SESSIONS:
-            assert service.call("GET", f"/v1/sessions/{session}").json()["documents"][0]["finished"]
-            assert eventually(service, session, 20)
-    finally:
-        compose("start", "engine-1")
+        try:
+            assert {future.result(WAIT_S) for future in asked} == {expected}  # no token repeated, none missing
+        finally:
+            compose("start", "engine-1")
+    for session in SESSIONS:
+        assert service.call("GET", f"/v1/sessions/{session}").json()["documents"][0]["finished"]
+
+
+def test_an_engine_that_was_cut_off_finds_that_the_other_has_gone_on(service, expected):
+    """Its network is gone, not its process: it believes in its leases until it returns."""
+    wait_for_engines(2)
+    sessions = [f"{session}-cut" for session in SESSIONS]
+    (network,) = docker("network", "ls", "-q", "--filter", "label=com.docker.compose.project=segcore").split()
+    container = compose("ps", "-q", "engine-2").strip()
+    with everybody_asking(service, sessions) as asked:
+        docker("network", "disconnect", network, container)
+        try:
+            assert {future.result(WAIT_S) for future in asked} == {expected}
+            before = [service.call("GET", f"/v1/sessions/{session}").json() for session in sessions]
+        finally:
+            docker("network", "connect", "--alias", "engine-2", network, container)
+    wait_for_engines(2)
+    for session, told in zip(sessions, before, strict=True):
+        assert service.call("GET", f"/v1/sessions/{session}").json()["generation"] == told["generation"]
+    assert len({eventually(service, session, 8) for session in sessions}) == 1
+
+
+def wait_for_engines(engines: int) -> None:
+    """So many nodes for engines, as Ray has it."""
+    until = time.monotonic() + WAIT_S
+    while True:
+        nodes = compose("exec", "-T", "head", "ray", "list", "nodes", "--format=json", "--filter", "state=ALIVE")
+        there = [node for node in json.loads(nodes[nodes.index("[") :]) if "engine" in node["resources_total"]]
+        if len(there) >= engines:
+            return
+        assert time.monotonic() < until, nodes
+        time.sleep(2)
 
 
 def test_a_head_that_restarts_is_not_noticed(service):
@@ -133,3 +180,16 @@ def test_every_node_is_measured():
             return
         assert time.monotonic() < until, found
         time.sleep(2)
+
+
+def test_the_dashboard_asks_for_what_there_is():
+    """Each of its figures is an answer of Prometheus, and most aren't empty."""
+    dashboard = json.loads((ROOT / "cluster" / "monitoring" / "grafana-dashboard.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    filled = 0
+    for query in asked:
+        wanted = {"query": query.replace("$__rate_interval", "5m")}
+        answer = requests.get("http://localhost:9090/api/v1/query", params=wanted, timeout=30).json()
+        assert answer["status"] == "success", query
+        filled += bool(answer["data"]["result"])
+    assert filled > len(asked) / 2

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import socket
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -223,3 +226,34 @@ def test_a_jobs_configuration_is_read_where_it_lies(render, tmp_path, form, kind
     head = next(pods(job["rayClusterSpec"]["headGroupSpec"]))
     (mount,) = (m for m in head["containers"][0]["volumeMounts"] if m["name"] == "run")
     assert f"{mount['mountPath']}/config.json" in job["entrypoint"]
+
+
+def test_redis_runs_as_it_is_told_to(render, tmp_path):
+    """The command and the probe as they are written, but for folders and the port."""
+    (container,) = next(pods(of_kind(render(), "StatefulSet")))["containers"]
+    (tmp_path / "password").write_text("secret")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def here(command: str) -> list[str]:
+        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+        for mount in mounts:
+            command = command.replace(mount, str(tmp_path))
+        return ["sh", "-c", command.replace("redis-cli", f"redis-cli -p {port}")]
+
+    assert container["command"] == ["sh", "-c"]
+    server = subprocess.Popen(here(f"{container['args'][0]} --port {port}"), stdout=subprocess.DEVNULL)
+    try:
+        ready = here(container["readinessProbe"]["exec"]["command"][-1])
+        until = time.monotonic() + 60
+        while subprocess.run(ready, stderr=subprocess.DEVNULL).returncode:
+            assert server.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        (tmp_path / "password").write_text("another")
+        assert subprocess.run(ready, stderr=subprocess.DEVNULL).returncode
+        assert (tmp_path / "appendonlydir").is_dir()
+    finally:
+        server.kill()
+        server.wait()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segcore.retrieval import INDEXES, choose_blocks, make_index, score_tokens
+from segcore.retrieval import INDEXES, choose_blocks, make_index, recall, score_tokens
 from segcore.retrieval import base as index_base
 from segcore.retrieval import pages as index_pages
 from segcore.retrieval.base import IndexSpec
@@ -286,6 +286,28 @@ def test_a_segment_of_another_length_is_refused():
 
 def test_every_index_is_made_by_name():
     for name, kind in INDEXES.items():
-        made = make_index(name, **{k: v for k, v in dataclasses.asdict(spec()).items() if k != "device_budget_bytes"})
+        made = make_index(
+            name, **{k: v for k, v in dataclasses.asdict(spec()).items() if k not in ("device_budget_bytes", "recall")}
+        )
         assert type(made) is kind
         assert (made.length, made.device_bytes, made.host_bytes) == (0, 0, 0)
+
+
+def test_recall_is_measured_while_it_serves(monkeypatch):
+    """At one search of so many, with what the oracle chooses; an index that misses is seen to."""
+    monkeypatch.setattr(recall, "EVERY", 3)
+    keys, queries = correlated(64 * SEGMENT, 0)
+    shipped = spec()
+    index, limits = filled(LowRankIndex(shipped, oversampling=2), keys), limits_for(64 * SEGMENT)
+    for _ in range(4):
+        chosen = index.search(queries, **limits).tolist()
+    expected = oracle(keys, queries, **limits)
+    found = 2 * len(set(chosen) & set(expected))
+    assert shipped.recall.counts == {"index.chosen": 2 * len(expected), "index.found": found}
+    for codes in index._codes:
+        codes.zero_()
+    for _ in range(3):
+        index.search(queries, **limits)
+    counts = shipped.recall.counts
+    assert counts["index.chosen"] == 3 * len(expected)
+    assert counts["index.found"] < found + len(expected)

@@ -10,12 +10,14 @@ import torch
 from segcore.config import CacheConfig
 from segcore.engine.engine import Engine
 from segcore.engine.replay import journal_of
+from segcore.engine.speed import Speed
 from tests.conftest import VOCABULARY
 from tests.segcore.engines import SECONDS, ask, engine_of, generation
 from tests.segcore.test_engine_sessions import POLICIES
 from tests.segcore.test_invariants import MATRIX
 
 STREAM = torch.randint(0, VOCABULARY, (120,), generator=torch.Generator().manual_seed(5)).tolist()
+SPEED_SECONDS = Speed.seconds  # before the suite does without it
 SAMPLED = {"temperature": 1.0, "seed": 9}
 
 
@@ -99,3 +101,27 @@ def test_a_stream_of_which_nothing_has_run(make_engine):
         asked.done.result(SECONDS)
         rows.append(tokens)
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("quicker", ["restoring", "running"])
+def test_what_is_quicker_is_done(make_engine, tmp_path, quicker, monkeypatch):
+    """Blocks that are there are taken up, or their segments run again, by what either took of late; the stream is the
+    same."""
+    monkeypatch.setattr(Speed, "seconds", SPEED_SECONDS)
+    cache = CacheConfig(shared=str(tmp_path))
+    first = make_engine(cache=cache)
+    tokens, stops = live(first)
+    first.check_integrity()
+    again = make_engine(cache=cache)
+    slow, quick = (1.0, 1e6), (1e12, 1.0)  # units, and the seconds that they took
+    head_rate, again._past._head_bytes = again._past._head_rates["shared"], 1
+    head_rate.add(*(quick if quicker == "restoring" else slow))
+    again._steps._speed._rate.add(*(slow if quicker == "restoring" else quick))
+    again.replay("s", tokens, [*stops, len(tokens)])
+    again.flush("s").result(SECONDS)
+    segments = len(tokens) // again.config.segment.segment_tokens
+    counts = again.stats().counts
+    restored = segments if quicker == "restoring" else 0
+    names = ("restored.found", "restored.recomputed", "restored.lost", "segments.run")
+    assert [counts.get(name, 0) for name in names] == [restored, segments - restored, 0, segments - restored + 1]
+    assert ask(again, "s", 20)[0] == ask(first, "s", 20)[0]

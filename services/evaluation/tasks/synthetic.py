@@ -5,6 +5,7 @@ from __future__ import annotations
 from segcore.errors import ConfigError
 from segcore.tasks.base import Item, Room, Task
 from segcore.tasks.haystack import Haystack
+from segcore.tasks.questions import Questions
 from segcore.tasks.registry import make_task
 from services.evaluation.config import EvalConfig, TaskSection
 from services.evaluation.tasks.base import Asking, Case, Frame
@@ -24,7 +25,8 @@ class Synthetic(Asking):
         if not section.lengths:
             raise ConfigError(f"task {section.name!r}: say of what lengths")
         self._haystack = haystack_of(config)
-        self._task(section.depths[0] if section.depths else None)
+        task = self._task(section.depths[0] if section.depths else None)
+        self._digest = task.digest("eval") if isinstance(task, Questions) else self._haystack.digest
 
     def cases(self) -> list[Case]:
         return self.grid()
@@ -43,7 +45,7 @@ class Synthetic(Asking):
 
     @property
     def digest(self) -> str:
-        return self._haystack.digest
+        return self._digest
 
     def _task(self, depth: float | None) -> Task:
         options = self.section.options | ({} if depth is None else {"depth": depth})

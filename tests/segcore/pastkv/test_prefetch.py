@@ -7,11 +7,27 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from segcore.errors import BlockMissing
 from segcore.pastkv.directory import DirectoryTier
-from segcore.pastkv.manager import ROWS_SHARE
-from tests.segcore.blocks import BLOCK_BYTES, LAYOUT, TOKENS, bulk, close_segment, everything, gathers, same, stream_of
+from segcore.pastkv.manager import HEADS_AHEAD, READERS, ROWS_SHARE
+from tests.segcore.blocks import (
+    BLOCK_BYTES,
+    LAYOUT,
+    TOKENS,
+    boundary,
+    bulk,
+    close_segment,
+    everything,
+    gathers,
+    same,
+    same_tensors,
+    stream_of,
+)
 
 
 def slower_only(make_past, tmp_path, seeds=4, **options):
@@ -122,3 +138,42 @@ def test_a_stream_that_ends_during_prefetch_leaves_nothing(make_past, tmp_path):
     stream.truncate(0)
     past.check_integrity()
     assert past.host_bytes == 0
+
+
+def test_heads_are_read_ahead_of_their_use(make_past, tmp_path, monkeypatch):
+    """A stream is taken up from a slow tier with several reads at once; what isn't asked for any more isn't read."""
+    first = make_past(shared=str(tmp_path))
+    keys = stream_of(first, *range(20)).keys
+    first.settle()
+    past, inside, read, head = make_past(shared=str(tmp_path)), threading.Barrier(READERS), [], DirectoryTier.head
+
+    def slowly(tier, key):
+        read.append(key)
+        if len(read) <= READERS:
+            inside.wait(30)  # all of them, or none gets on
+        return head(tier, key)
+
+    monkeypatch.setattr(DirectoryTier, "head", slowly)
+    heads = past.heads(keys)
+    for seed in range(3):
+        assert same_tensors(next(heads).boundary, boundary(seed))
+    heads.close()
+    past.settle()
+    assert set(keys[:3]) <= set(read) <= set(keys[: 3 + HEADS_AHEAD])
+
+
+def test_reads_of_slower_tiers_are_in_their_callers_trace(make_past, tmp_path, monkeypatch):
+    first = make_past(shared=str(tmp_path))
+    keys = stream_of(first, *range(3)).keys
+    first.settle()
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    past = make_past(shared=str(tmp_path))
+    past.head(keys[0])  # nobody traces
+    assert not exporter.get_finished_spans()
+    with provider.get_tracer("test").start_as_current_span("caller") as caller:
+        assert len(list(past.heads(keys))) == 3
+    reads = [span for span in exporter.get_finished_spans() if span.name == "past KV read"]
+    assert {span.attributes["block"] for span in reads} == set(keys)
+    assert {(span.attributes["tier"], span.parent.span_id) for span in reads} == {("shared", caller.context.span_id)}

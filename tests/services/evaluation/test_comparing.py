@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import closing
 
 import pytest
 
@@ -29,11 +30,11 @@ def kept(tmp_path, values):
         config = EvalConfig.model_validate(values(tmp_path, name=name, tasks=tasks))
         plan = Plan.of(config)
         check_settings(plan)
-        file = ResultFile(config.folder / RESULTS)
-        for arm, case_id in plan.keys:
-            case = plan.cases[case_id]
-            told = {"task": case.task, "length": case.length, "depth": case.depth, "facts": {}}
-            file.add({"arm": arm, "case": case_id, **told, "score": score(case.task, arm, case.number)})
+        with closing(ResultFile(config.folder / RESULTS)) as file:
+            for arm, case_id in plan.keys:
+                case = plan.cases[case_id]
+                told = {"task": case.task, "length": case.length, "depth": case.depth, "facts": {}}
+                file.add({"arm": arm, "case": case_id, **told, "score": score(case.task, arm, case.number)})
         return config.folder
 
     return keep

@@ -12,7 +12,7 @@ from segcore.engine.runner import Runner
 from segcore.errors import ConfigError, Unavailable
 from services.evaluation import endpoint, run, worker
 from services.evaluation.config import EvalConfig
-from services.evaluation.results import ResultFile
+from services.evaluation.results import read_results
 from services.evaluation.run import evaluate
 from services.evaluation.summary import Summary
 from tests.services.evaluation.test_endpoint import Handler, url  # noqa: F401 - a fixture
@@ -86,7 +86,7 @@ def test_a_tokenizer_without_a_chat_template(tmp_path, values, local, model_dire
     config = EvalConfig.model_validate(values(tmp_path, model=str(plain), tasks=tasks, arms=arms))
     evaluate(config)
     assert counts(config) == {"scored": 3}
-    results = ResultFile(config.folder / run.RESULTS).results.values()
+    results = read_results(config.folder / run.RESULTS).values()
     assert all(result["turns"][0]["prompt_tokens"] + 2 <= 400 for result in results)
 
 

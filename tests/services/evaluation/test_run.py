@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+from contextlib import closing, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ray import exceptions
 
-from segcore.errors import ConfigError, NotFound
+from segcore.errors import ConfigError, FailedPrecondition
 from services.evaluation import run
 from services.evaluation.config import EvalConfig
-from services.evaluation.results import ResultFile
+from services.evaluation.results import ResultFile, read_results
 from services.evaluation.run import Plan, dealt, evaluate
 from services.evaluation.summary import Summary
 from services.evaluation.worker import Worker
@@ -140,7 +141,7 @@ def in_process(monkeypatch, fail_after=None):
             return bool(self._waiting)
 
     monkeypatch.setattr(run, "_Pool", Pool)
-    monkeypatch.setattr(run, "_ray", lambda config, address: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(run, "_ray", lambda config, address: nullcontext())
     return made
 
 
@@ -178,7 +179,7 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(config, monkeypatch, tm
     for worker in made:
         worker.close()
     results = {(r["arm"], r["case"]): r for r in lines}
-    for key, result in ResultFile(other.folder / run.RESULTS).results.items():
+    for key, result in read_results(other.folder / run.RESULTS).items():
         assert result.get("scores") == results[key].get("scores")
         assert [turn["text"] for turn in result.get("turns", ())] == [t["text"] for t in results[key].get("turns", ())]
 
@@ -220,9 +221,25 @@ def test_results_that_were_damaged_are_told_with_their_line(tmp_path, text, mess
         ResultFile(tmp_path / "r.jsonl")
 
 
+def test_results_that_still_come_are_left_alone(config):
+    """A report in the midst of a run changes nothing, and no second run adds to the same results."""
+    path = config.folder / run.RESULTS
+    with closing(ResultFile(path)) as file:
+        file.add({"arm": "full", "case": "a"})
+        with open(path, "ab") as other:
+            other.write(b'{"arm": "fu')
+        assert list(read_results(path)) == [("full", "a")]
+        assert path.read_bytes().endswith(b'{"arm": "fu')
+        with pytest.raises(FailedPrecondition, match="another process is at work"):
+            evaluate(config)
+    with closing(ResultFile(path)):
+        assert path.read_text().count("\n") == 1
+        assert path.read_bytes().endswith(b"\n")
+
+
 def test_results_of_other_cases_are_refused(config):
-    file = ResultFile(config.folder / run.RESULTS)
-    file.add({"arm": "full", "case": "needle/1/0"})
+    with closing(ResultFile(config.folder / run.RESULTS)) as file:
+        file.add({"arm": "full", "case": "needle/1/0"})
     with pytest.raises(ConfigError, match="other cases"):
         evaluate(config)
 
@@ -301,25 +318,3 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path, values, monkeypatch):
     summary = Summary.read(evaluate(config))
     assert (tmp_path / "died").exists()
     assert summary.counts == {"planned": 6, "scored": 6, "failed": 0, "left": 0}
-
-
-@pytest.mark.slow
-def test_without_ray_a_process_that_is_killed_is_replaced(tmp_path, values, monkeypatch):
-    """Items are those of any other pool; what a worker raises is raised here."""
-    monkeypatch.setattr("services.evaluation.run._ray", None)
-    monkeypatch.setattr("services.evaluation.processes.work", work_and_die)
-    small = {"task": "needle", "lengths": [400], "items": 3, "max_tokens": 2, "forms": ["diary"]}
-    changes = {"tasks": [small], "workers": {"count": 2, "threads": 1}}
-    summary = Summary.read(evaluate(EvalConfig.model_validate(values(tmp_path, **changes)), ray=False))
-    assert (tmp_path / "died").exists()
-    assert summary.counts == {"planned": 6, "scored": 6, "failed": 0, "left": 0}
-    nowhere = {"arms": [{"name": "far", "model": str(tmp_path / "none"), "segment": {"policy": "full"}}]}
-    with pytest.raises(NotFound, match="none"):
-        evaluate(EvalConfig.model_validate(values(tmp_path, tasks=[small], **nowhere)), ray=False)
-
-
-def work_and_die(peer, settings):
-    from services.evaluation import processes
-
-    processes.Worker = Dying
-    processes.work(peer, settings)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from segcore.errors import ConfigError
 from segcore.tasks.forms import FORMS
 from segcore.text import TextTokenizer
 from services.evaluation.config import EvalConfig
+from services.evaluation.run import Plan, check_settings
 from services.evaluation.tasks.base import Frame
 from services.evaluation.tasks.registry import open_suites
 from tests.tokenizers import byte_tokenizer
@@ -52,3 +56,43 @@ def test_a_depth_is_where_the_answer_stands(items):
     found, _ = items(task={"depths": [0.0, 1.0], "items": 3})
     places = [item.turns[0].needed[0].start / len(item.document) for item in found]
     assert max(places[:3]) < 0.3 < 0.7 < min(places[3:])
+
+
+SQUAD = {
+    "data": [
+        {
+            "title": f"Article {i}",
+            "paragraphs": [{"context": f"Text {i}.", "qas": [{"question": "Why?", "answers": [{"text": f"{i}"}]}]}],
+        }
+        for i in range(12)
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"data": [\n3,', r"qa\.json:2: "),
+        ('{"data": [{"paragraphs": 3}]}', r"qa\.json is neither in SQuAD's format"),
+        (None, r"qa\.json is neither .*No such file"),
+        (json.dumps(SQUAD), r"has \d+ for eval, and not 99"),
+    ],
+)
+def test_questions_of_a_file_are_checked_before_anything_runs(values, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "qa.json").write_text(text)
+    task = {"task": "questions", "data": str(tmp_path / "qa.json"), "turns": 99, "lengths": [900]}
+    with pytest.raises(ConfigError, match=message):
+        Plan.of(EvalConfig.model_validate(values(tmp_path, tasks=[task])))
+
+
+def test_questions_that_have_changed_are_refused(values, tmp_path):
+    config = []
+    for name, more in (("a.json", ""), ("b.json", " ")):
+        (tmp_path / name).write_text(json.dumps(SQUAD) + more)
+        task = {"task": "questions", "data": str(tmp_path / name), "lengths": [900]}
+        config.append(EvalConfig.model_validate(values(tmp_path, tasks=[task])))
+    check_settings(Plan.of(config[0]))
+    (config[0].storage / config[0].run_id).rename(config[0].storage / config[1].run_id)
+    with pytest.raises(ConfigError, match="data of questions have changed"):
+        check_settings(Plan.of(config[1]))

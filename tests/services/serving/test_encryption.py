@@ -59,7 +59,7 @@ def secrets_of(sessions: Sessions) -> dict[str, bytes]:
         "tokens": array("i", tokens[40:48]).tobytes(),
         "past": blocks[0].kv_SC2D[3, 1].contiguous().numpy().tobytes(),
         "record": b"secret-name",
-        "header": b'"fingerprint"',
+        "header": b"__metadata__",
     }
 
 

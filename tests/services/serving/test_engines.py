@@ -52,6 +52,10 @@ class _Method:
         fate = tier._fate()
         if fate == "before":
             tier.die()
+        if fate == "silent":
+            await asyncio.Event().wait()
+        if self._name == "info":
+            return None
         result = await getattr(tier.replica, self._name)(*args, **options)
         if fate == "after":
             tier.die()
@@ -76,9 +80,23 @@ class _Parts:
             tier.die()
         async with aclosing(tier.replica.generate(*args, **options)) as parts:
             async for part in parts:
-                if tier._fate() != "well":
+                fate = tier._fate()
+                if fate == "silent":
+                    await asyncio.Event().wait()
+                if fate != "well":
                     tier.die()
                 yield part
+
+
+class CutOff(Tier):
+    """Two replicas: sessions belong to the first one, which may not be heard; other places are the second one's."""
+
+    def __init__(self, make: Callable[[], Sessions], fate: Callable[[], str]) -> None:
+        super().__init__(make, fate)
+        self._second = Tier(make, lambda: "well")
+
+    def options(self, session_id: str = "", **_: object) -> Tier:
+        return self._second if "/" in session_id else self
 
 
 async def whole(engines: Engines) -> list[str]:
@@ -109,6 +127,23 @@ async def test_kills_at_random_moments(replica, config, seed, monkeypatch):
     assert tier.kills >= 4
     with pytest.raises(NotFound):
         await engines.call("get", "", "s")
+
+
+async def test_a_replica_that_says_nothing_is_gone_around(replica, config, monkeypatch):
+    expected = await whole(Engines(Tier(replica, lambda: "well"), config))
+    for name, seconds in {"_SILENCE_S": 0.3, "_ANSWERS_S": 0.1, "_LONGEST_WAIT_S": 0.01}.items():
+        monkeypatch.setattr(engines_module, name, seconds)
+    chance, silent = random.Random(1), []
+
+    def fate() -> str:
+        silent.append(chance.random() < 0.1)
+        return "silent" if silent[-1] else "well"
+
+    tier = CutOff(lambda: replica(lease_s=1), fate)
+    engines = Engines(tier, config.model_copy(update={"slice_s": 0.3}))
+    await engines.call("delete", "", "f")
+    assert await whole(engines) == expected
+    assert sum(silent) >= 2
 
 
 async def test_an_answer_that_its_reader_leaves_is_ended_unless_it_has_a_name(replica, config):

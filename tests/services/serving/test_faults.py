@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,34 @@ async def test_redis_goes_and_comes_back(replica, kept_redis, undisturbed, fault
     assert [text, await ask(sessions, params=SAMPLED)] == await undisturbed(SAMPLED)
 
 
+async def test_connections_that_are_cut_cost_nothing(replica, kept_redis, undisturbed):
+    """Every few moments the server drops all its clients; each call connects anew."""
+    sessions = replica(sessions=kept_redis.url)
+    cuts = 0
+
+    def cut() -> None:
+        nonlocal cuts
+        with kept_redis.client() as client:
+            cuts += client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+    await sessions.create("", "s")
+    await sessions.open_document("", "s", "d", None)
+    for offset in range(0, len(DOCUMENT), 97):
+        cut()
+        await sessions.append("", "s", "d", offset, DOCUMENT[offset : offset + 97])
+    await upload(sessions)
+    text, after, whole, calls = "", 0, False, 0
+    while not whole:
+        calls += 1
+        assert calls < 100
+        with suppress(Unavailable):  # a write went out, and its answer was cut off
+            async for part in sessions.generate("", "s", QUESTION, SAMPLED, request_id="r", after=after):
+                text, after, whole = text + part.text, part.token_index, part.finish_reason is not None
+                cut()
+    assert [text, await ask(sessions, params=SAMPLED)] == await undisturbed(SAMPLED)
+    assert cuts > 10
+
+
 async def test_a_slow_redis_costs_time_alone(replica, kept_redis, undisturbed, monkeypatch):
     sessions = replica(sessions=kept_redis.url)
     run = sessions._directory._run
@@ -151,3 +180,28 @@ async def test_the_clocks_of_replicas_do_not_matter(replica, redis_server, monke
     monkeypatch.setattr(time, "time", now)
     _, _, error = await rest_of(parts)
     assert error is None or isinstance(error, Unavailable | Busy)
+
+
+@pytest.mark.parametrize("hours", [2, -2])
+async def test_the_machine_s_clock_jumps(replica, undisturbed, hours):
+    """All leases are over, or last for hours: nobody writes twice, and the session goes on where its owner is alive."""
+    one, two = replica(), replica()
+    await one.create("", "s")
+    await upload(one)
+    parts = one.generate("", "s", QUESTION, SAMPLED, request_id="r")
+    first = await anext(parts)
+    for sessions in (one, two):
+        sessions._directory._clock = lambda: time.time() + 3600 * hours
+    if hours > 0:  # the lease is over, though its owner writes: it is told so, and the other one goes on
+        text, _, error = await rest_of(
+            two.generate("", "s", QUESTION, SAMPLED, request_id="r", after=first.token_index)
+        )
+        assert error is None
+        _, _, error = await rest_of(parts)
+        assert isinstance(error, Unavailable)
+    else:
+        with pytest.raises(Unavailable, match="another replica"):
+            await two.open_document("", "s", "e", None)
+        text, _, error = await rest_of(parts)
+        assert error is None
+    assert first.text + text == (await undisturbed(SAMPLED))[0]

@@ -12,6 +12,7 @@ from services.training import train
 from services.training.alone import fit_alone, ranked
 from services.training.config import TrainConfig
 from services.training.folders import Progress, checkpoints, latest
+from services.training.metrics import LINES, read_lines
 from tests.services.training.conftest import Alone
 
 
@@ -46,9 +47,19 @@ def test_without_an_evaluation_the_latest_are_kept(written):
     assert [Progress.read(path).step for path in checkpoints(config.folder)] == [5, 6]
 
 
-def test_several_workers_need_ray(written):
-    with pytest.raises(ConfigError, match="without Ray there is one worker"):
-        fit_alone(TrainConfig.read(written(workers={"count": 2})))
+@pytest.mark.slow
+def test_several_workers_are_processes_with_the_curve_of_one(written):
+    one, two = (TrainConfig.read(written(name=f"of-{n}", workers={"count": n, "threads": 1})) for n in (1, 2))
+    fit_alone(one)
+    assert fit_alone(two)["step"] == 6
+    ours, theirs = ([line["loss"] for line in read_lines(c.folder / LINES) if "loss" in line] for c in (one, two))
+    assert ours == pytest.approx(theirs, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_what_workers_refuse_is_raised_here(written):
+    with pytest.raises(ConfigError, match=r"of its device, which has 0\.00 GiB"):
+        fit_alone(TrainConfig.read(written(device_bytes=1000, workers={"count": 2, "threads": 1})))
 
 
 def test_the_command_says_how_it_ended(written, monkeypatch, capsys):

@@ -34,7 +34,7 @@ class Interrupted(Run):
 
 
 def two_workers(rank: int, folder: Path, config: str) -> None:
-    """What each process runs: a run; half a sharded one, its other half as another; one that is poisoned on the second."""
+    """What each process runs: a run; half a sharded one, its other half as another; one poisoned on the second."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{os.environ['MEET']}", rank=rank, world_size=2)
     sharded = TrainConfig.model_validate_json(config)

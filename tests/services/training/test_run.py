@@ -109,6 +109,20 @@ def test_a_resumed_run_is_an_unbroken_one_to_the_last_bit(config, learner, monke
     assert evaluations[-1] < evaluations[0]
 
 
+# Of the tiny model as it is made, four steps in fp64.
+GOLDEN = {
+    "loss": [7.193909343, 6.815684427, 5.373207579, 5.341236593],
+    "eval_loss": [7.255751523, 5.057352124],
+}
+
+
+def test_the_curve_is_the_golden_one(config):
+    """What a change to data, model, gradients, schedule or optimizer moves, wherever it is made."""
+    Alone(config(steps=4, checkpoints={"every": 4}, schedule={"warmup_steps": 2})).run.train()
+    for key, golden in GOLDEN.items():
+        assert [line[key] for line in curve(config()) if key in line] == pytest.approx(golden, rel=1e-6)
+
+
 def test_random_numbers_of_a_resumed_run_are_those_of_an_unbroken_one(config, monkeypatch):
     """As dropout would, or anything else that draws: here, which tokens are predicted."""
     loss_and_grad = learners.Predictions.loss_and_grad
@@ -140,7 +154,7 @@ def test_each_worker_has_random_numbers_of_its_own_at_each_step(config, monkeypa
         run.take_step(batch)
     assert seeds == [(0, 0, 0), (0, 1, 1)]
     drawn = []
-    for given in seeds + [(0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+    for given in [*seeds, (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
         learners.seed_everything(*given)
         drawn.append((random.random(), torch.rand(()).item()))
     assert len({number for pair in drawn for number in pair}) == 10
