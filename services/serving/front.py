@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.serving.config import ServeConfig
+from services.serving.decoding import Decoding
 from services.serving.gate import Gate
 from services.serving.ingress import SERVICES, Ingress
 from services.serving.logs import log_as_told
@@ -82,7 +83,7 @@ class Listener:
         await serving
 
     def _grpc_server(self) -> grpc.aio.Server:
-        server = grpc.aio.server(options=_OPTIONS)
+        server = grpc.aio.server(options=_OPTIONS, interceptors=[Decoding(SERVICES)])
         for add in SERVICES.values():
             add(self._ingress, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -17,6 +17,7 @@ from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
 from segcore.errors import InvalidRequest, LimitExceeded
 from services.serving import codec
 from services.serving.config import ServeConfig
+from services.serving.decoding import all_decoded, check_decoded
 from services.serving.engines import as_segcore_error
 from services.serving.gate import Gate
 from services.serving.messages import check_name, session_id_for
@@ -52,6 +53,7 @@ def _unary(response: type[Any]) -> Callable[[Any], Any]:
             headers = _headers(grpc_context)
             try:
                 with self._gate.call("grpc", handler.__name__, headers) as call:
+                    check_decoded(request)
                     return await handler(self, request, Call(headers, call.tenant))
             except Exception as error:
                 _set_status(grpc_context, error)
@@ -71,6 +73,7 @@ def _streaming(response: type[Any]) -> Callable[[Any], Any]:
             headers = _headers(grpc_context)
             try:
                 with self._gate.call("grpc", handler.__name__, headers) as call:
+                    check_decoded(requests)
                     async with aclosing(handler(self, requests, Call(headers, call.tenant))) as responses:
                         async for item in responses:
                             yield item
@@ -165,7 +168,7 @@ class Ingress:
     ) -> pb.ImportSessionResponse:
         first: pb.ImportSessionRequest | None = None
         data = bytearray()
-        async for request in requests:
+        async for request in all_decoded(requests):
             first = first or request
             data += request.data
             if len(data) > self._config.max_import_bytes:
@@ -198,7 +201,7 @@ class Ingress:
         """One response per request. A stream that ends without a finish leaves the document open."""
         header: pb.DocumentHeader | None = None
         ends: float | None = None
-        async for request in requests:
+        async for request in all_decoded(requests):
             kind = request.WhichOneof("message")
             if kind is None or (kind == "header") != (header is None):
                 raise InvalidRequest("an upload is one header, then data, then a finish", field=kind or "message")

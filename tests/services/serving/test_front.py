@@ -142,6 +142,7 @@ def test_the_client_speaks_tls_and_shows_token_and_certificate(front, authority,
         session = client.create_session().session_id
         client.upload(session, "A text.")
         assert client.server_info().model
+        assert [info.session_id for info in client.list_sessions()] == [session]
         with pytest.raises(Busy, match="all 1 sessions"):
             client.create_session()
         client.delete_session(session)

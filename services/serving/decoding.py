@@ -1,0 +1,53 @@
+"""Requests that can't be decoded: gRPC would call them a fault of the service's; they are the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from segcore.errors import InvalidRequest
+
+
+class Undecodable:
+    """Stands for a request whose bytes are no message of its kind."""
+
+
+class Decoding(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Hands requests that can't be decoded on as `Undecodable`, to the servicers of some services."""
+
+    def __init__(self, services: Collection[str]) -> None:
+        self._services = services
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.split("/")[1] not in self._services:
+            return handler
+        return handler._replace(request_deserializer=_or_undecodable(handler.request_deserializer))
+
+
+def _or_undecodable(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def decoded(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError:
+            return Undecodable()
+
+    return decoded
+
+
+def check_decoded(request: Any) -> None:
+    """Raise InvalidRequest for one that couldn't be decoded."""
+    if isinstance(request, Undecodable):
+        raise InvalidRequest("the request's bytes aren't a message of its kind", field="message")
+
+
+async def all_decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """A stream's requests. Raises InvalidRequest at the first that couldn't be decoded."""
+    async for request in requests:
+        check_decoded(request)
+        yield request
