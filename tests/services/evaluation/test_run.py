@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ray import exceptions
 
-from segcore.errors import ConfigError, FailedPrecondition, NotFound
+from segcore.errors import ConfigError, FailedPrecondition
 from services.evaluation import run
 from services.evaluation.config import EvalConfig
 from services.evaluation.results import ResultFile, read_results
@@ -318,25 +318,3 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path, values, monkeypatch):
     summary = Summary.read(evaluate(config))
     assert (tmp_path / "died").exists()
     assert summary.counts == {"planned": 6, "scored": 6, "failed": 0, "left": 0}
-
-
-@pytest.mark.slow
-def test_without_ray_a_process_that_is_killed_is_replaced(tmp_path, values, monkeypatch):
-    """Items are those of any other pool; what a worker raises is raised here."""
-    monkeypatch.setattr("services.evaluation.run._ray", None)
-    monkeypatch.setattr("services.evaluation.processes.work", work_and_die)
-    small = {"task": "needle", "lengths": [400], "items": 3, "max_tokens": 2, "forms": ["diary"]}
-    changes = {"tasks": [small], "workers": {"count": 2, "threads": 1}}
-    summary = Summary.read(evaluate(EvalConfig.model_validate(values(tmp_path, **changes)), ray=False))
-    assert (tmp_path / "died").exists()
-    assert summary.counts == {"planned": 6, "scored": 6, "failed": 0, "left": 0}
-    nowhere = {"arms": [{"name": "far", "model": str(tmp_path / "none"), "segment": {"policy": "full"}}]}
-    with pytest.raises(NotFound, match="none"):
-        evaluate(EvalConfig.model_validate(values(tmp_path, tasks=[small], **nowhere)), ray=False)
-
-
-def work_and_die(peer, settings):
-    from services.evaluation import processes
-
-    processes.Worker = Dying
-    processes.work(peer, settings)
