@@ -11,7 +11,6 @@ from segcore.errors import SegcoreError
 from services.evaluation.config import EvalConfig
 from services.evaluation.results import Key, Result
 from services.evaluation.tasks.base import Case
-from services.evaluation.worker import Worker
 
 # A process's end of the pipe: it takes (arm, case), and gives a result or what was raised.
 Peer = Connection
@@ -57,6 +56,8 @@ class Processes:
 
 def work(peer: Peer, settings: dict[str, Any]) -> None:
     """A worker's process: answers until nobody asks any more."""
+    from services.evaluation.worker import Worker  # brings torch along, which who deals doesn't need
+
     worker: Worker | None = None
     with suppress(EOFError, ConnectionError):
         while True:

@@ -6,10 +6,8 @@ import json
 import os
 import random
 import signal
-import threading
 from contextlib import closing, nullcontext
 from itertools import pairwise
-from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -19,14 +17,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ray import exceptions
 
-from segcore.errors import ConfigError, FailedPrecondition, NotFound
-from services.evaluation import processes, run
+from segcore.errors import ConfigError, FailedPrecondition
+from services.evaluation import run
 from services.evaluation.config import EvalConfig
 from services.evaluation.results import ResultFile, read_results
 from services.evaluation.run import Plan, dealt, evaluate
 from services.evaluation.summary import Summary
 from services.evaluation.worker import Worker
-from tests.services.evaluation.conftest import ARMS
 
 
 class FakePool:
@@ -321,60 +318,3 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path, values, monkeypatch):
     summary = Summary.read(evaluate(config))
     assert (tmp_path / "died").exists()
     assert summary.counts == {"planned": 6, "scored": 6, "failed": 0, "left": 0}
-
-
-@pytest.mark.slow
-def test_without_ray_a_process_that_is_killed_is_replaced(tmp_path, values, monkeypatch):
-    """Items are those of any other pool."""
-    monkeypatch.setattr("services.evaluation.run._ray", None)
-    monkeypatch.setattr("services.evaluation.processes.work", work_and_die)
-    small = {"task": "needle", "lengths": [400], "items": 3, "max_tokens": 2, "forms": ["diary"]}
-    config = EvalConfig.model_validate(values(tmp_path, tasks=[small], arms=ARMS[1:]))
-    summary = Summary.read(evaluate(config, ray=False))
-    assert (tmp_path / "died").exists()
-    assert summary.counts == {"planned": 3, "scored": 3, "failed": 0, "left": 0}
-
-
-class Stub:
-    """A worker that knows all answers, but for those of arm "far"."""
-
-    def __init__(self, settings):
-        pass
-
-    def run(self, arm, case):
-        if arm == "far":
-            raise NotFound("no such model")
-        return {"arm": arm, "case": case.id, "task": case.task, "length": case.length, "depth": None, "score": 1.0}
-
-    def close(self):
-        pass
-
-
-def test_without_ray_what_a_worker_raises_is_raised_here(tmp_path, values, monkeypatch):
-    """Two workers, which are threads here."""
-    workers = []
-
-    def in_a_thread(pool):
-        ours, theirs = Pipe()
-        workers.append((threading.Thread(target=processes.work, args=(theirs, pool._settings)), ours))
-        workers[-1][0].start()
-        return ours
-
-    monkeypatch.setattr(processes, "Worker", Stub)
-    monkeypatch.setattr(processes.Processes, "_new", in_a_thread)
-    text = {"task": "perplexity", "lengths": [100], "items": 8}
-    arms = [ARMS[0], {"name": "far", "segment": {"policy": "full"}}]
-    config = EvalConfig.model_validate(values(tmp_path, tasks=[text], arms=arms, workers={"count": 2}))
-    with pytest.raises(NotFound, match="no such model"):
-        evaluate(config, ray=False)
-    for thread, ours in workers:
-        ours.close()
-        thread.join()
-    assert len(workers) == 2
-    # All of the first arm's, but for one that may have been under way.
-    assert Summary.read(config.folder).counts["scored"] in (7, 8)
-
-
-def work_and_die(peer, settings):
-    processes.Worker = Dying
-    processes.work(peer, settings)
