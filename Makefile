@@ -54,7 +54,7 @@ test: setup redis browser
 test-fast: setup redis
 	$(TEST_ENV) $(BIN)/pytest -m "not slow and not e2e"
 
-# Three Ray nodes, of which some are killed; some ten minutes, on a machine that does nothing else.
+# Ray nodes of which some are killed, cut off, and added by an autoscaler.
 test-nodes: setup
 	$(TEST_ENV) $(BIN)/pytest tests/nodes
 
@@ -114,16 +114,18 @@ cluster-check: setup
 	$(BIN)/hadolint cluster/Dockerfile
 	$(TEST_ENV) KUBERAY_CRDS="$(KUBERAY_CRDS)" $(BIN)/pytest tests/cluster
 
-# The services of docker-compose.yml, in containers: PROFILE=cpu, or gpu.
+# The services of docker-compose.yml, in containers: PROFILE=cpu, or gpu. BUILD= takes images that are there already, such
+# as those of scripts/stand-in-images.
+BUILD ?= --build
 COMPOSE = VARIANT=$(if $(filter gpu,$(PROFILE)),cu130,cpu) docker compose --profile $(PROFILE)
 cluster-up:
 	scripts/compose-secrets
-	$(COMPOSE) up --build --detach --wait
+	$(COMPOSE) up $(BUILD) --detach --wait
 
 cluster-down:
 	$(COMPOSE) down
 
-# The same at work: an engine is killed while it answers, and the head too.
+# The same at work: engines are killed and cut off while they answer, and the head too.
 cluster-up-test: setup cluster-up
 	CLUSTER_UP=1 $(BIN)/pytest tests/cluster/test_compose_up.py; status=$$?; $(COMPOSE) down; exit $$status
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -29,6 +29,8 @@ from services.training.metrics import LINES, read_lines
 
 # From this share of the needed tokens on, a turn's facts count as found.
 FOUND = 0.99
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 class ArmSection(BaseModel):
@@ -259,7 +261,7 @@ def _told(cells: Iterable[dict[str, Any]], task: str, length: int) -> str:
     return f"{cell['score']['mean']:.3f} n {cell['score']['items']}{found}"
 
 
-def _valid(kind: Any, values: dict[str, Any], name: str) -> Any:
+def _valid(kind: type[Config], values: dict[str, Any], name: str) -> Config:
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -32,7 +32,7 @@ def curves(summary: Summary, task: str) -> str:
     if measure is SHARE:
         axes.set_ylim(-3, 103)
     axes.set_ylabel("score, percent" if measure is SHARE else f"{measure.name}, lower is better", fontsize=8)
-    axes.legend(fontsize=7, frameon=False, loc="best")
+    figure.legend(fontsize=7, frameon=False, loc="outside upper center", ncols=4)
     return _svg(figure)
 
 

@@ -62,6 +62,8 @@ def work(peer: Peer, settings: dict[str, Any]) -> None:
         try:
             arm, case = peer.recv()
         except EOFError:
+            if worker is not None:
+                worker.close()
             return
         try:
             worker = worker or Worker(settings)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from segcore.errors import SegcoreError
 from services.training.config import TrainConfig
@@ -34,7 +35,7 @@ def fit_alone(config: TrainConfig) -> Outcome:
     else:
         with tempfile.TemporaryDirectory() as folder:
             errors: Any = mp.get_context("spawn").SimpleQueue()
-            mp.spawn(join, (config.to_json(), world, f"file://{folder}/meeting", errors), nprocs=world)
+            spawn(join, (config.to_json(), world, f"file://{folder}/meeting", errors), nprocs=world)
             if not errors.empty():
                 raise errors.get()
     found = ranked(config.folder)

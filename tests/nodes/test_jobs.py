@@ -25,12 +25,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 def test_an_evaluation_has_every_result_though_a_node_dies(nodes, evaluation_values, tmp_path):
-    settings = {"workers": {"count": 2, "threads": 1, "cpus": 1}}  # one on each node
+    settings = {"workers": {"count": 2, "threads": 1, "cpus": 2}}  # one on each node
     config = EvalConfig.model_validate(evaluation_values(tmp_path, **settings))
 
     def on_result(done: int, total: int, arm: str) -> None:
         if done == 2:
-            nodes.replace(1)
+            nodes.kill(1)
 
     folder = evaluate(config, on_result=on_result)
     results = read_results(folder / RESULTS)
@@ -40,13 +40,13 @@ def test_an_evaluation_has_every_result_though_a_node_dies(nodes, evaluation_val
 
 @pytest.mark.timeout(600)
 def test_a_training_run_goes_on_though_a_node_dies(nodes, training_values, tmp_path: Path):
-    workers = {"count": 2, "threads": 1, "failures": 3}
+    workers = {"count": 2, "threads": 1, "cpus": 2, "failures": 3}
     config = TrainConfig.model_validate(training_values(tmp_path, steps=12, workers=workers, checkpoints={"every": 2}))
 
     def kill() -> None:
         while latest(config.folder) is None:
             time.sleep(0.02)
-        nodes.replace(0)
+        nodes.kill(0)
 
     killer = threading.Thread(target=kill)
     killer.start()
