@@ -272,6 +272,7 @@ def draw(samples: list[dict[str, float]]) -> None:
 
 
 def main() -> int:
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # on a busy machine Ray takes longer than it waits
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--minutes", type=float, default=20)
     options.add_argument("--clients", type=int, default=4)

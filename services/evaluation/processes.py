@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -58,15 +59,14 @@ def work(peer: Peer, settings: dict[str, Any]) -> None:
     from services.evaluation.worker import Worker  # brings torch along, which who deals doesn't need
 
     worker: Worker | None = None
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):
+        while True:
             arm, case = peer.recv()
-        except EOFError:
-            if worker is not None:
-                worker.close()
-            return
-        try:
-            worker = worker or Worker(settings)
-            peer.send(worker.run(arm, Case(*case)))
-        except SegcoreError as error:
-            peer.send(error)
+            try:
+                worker = worker or Worker(settings)
+                answer: Result | SegcoreError = worker.run(arm, Case(*case))
+            except SegcoreError as error:
+                answer = error
+            peer.send(answer)
+    if worker is not None:
+        worker.close()

@@ -11,9 +11,9 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
@@ -25,18 +25,18 @@ from services.serving.config import ServeConfig
 from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck, check_name
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Those whose results are kept by a request_id; the others can be repeated as they are.
 _BY_REQUEST = ("create", "delete", "fork", "rewind", "import_session")
 _LONGEST_WAIT_S = 1.0
 # How long a call is tried on, beside the time that a lost replica's lease lasts.
 _PATIENCE_S = 15.0
-# How long a replica may say nothing, beside the slice that it works for; and one that is asked whether it is there.
+# How long a replica may say nothing, beside the slice that it works for, before it is asked whether it is there; and
+# how long it may take to say so.
 _SILENCE_S = 10.0
-_ANSWERS_S = 1.0
+_ANSWERS_S = 5.0
 _PLACES = 8
-# These may take long before they say anything.
-_LONG = ("import_session", "passages")
 
 
 class Engines:
@@ -55,8 +55,7 @@ class Engines:
         who = (tenant, session_id) if session_id else (tenant,)
         while True:
             try:
-                async with asyncio.timeout(None if method in _LONG else self._silence_s):
-                    return await getattr(way.at, method).remote(*who, *args, **options)
+                return await way.answered(getattr(way.at, method).remote(*who, *args, **options))
             except Exception as error:
                 await patience.wait(await way.known(error))
 
@@ -82,8 +81,7 @@ class Engines:
         while True:
             try:
                 where = (tenant, session_id, document_id, offset, data)
-                async with asyncio.timeout(self._silence_s):
-                    ack: UploadAck = await way.at.append.remote(*where, timeout_s=_left(ends))
+                ack: UploadAck = await way.answered(way.at.append.remote(*where, timeout_s=_left(ends)))
             except Exception as error:
                 known = await way.known(error)
                 taken = isinstance(known, WrongOffset) and known.details.get("committed_offset") == stop
@@ -173,7 +171,7 @@ class Engines:
         patience, finished = self._patience(), False
         while not finished:
             try:
-                async with aclosing(_stream(begin(way.at, after), self._silence_s)) as parts:
+                async with aclosing(_stream(way, begin(way.at, after))) as parts:
                     async for part in parts:
                         patience = self._patience()
                         after, finished = part.token_index, part.finish_reason is not None
@@ -187,18 +185,14 @@ class Engines:
     def _way(self, session_id: str) -> _Way:
         if session_id:
             check_name("session_id", session_id)
-        return _Way(self._handle, session_id)
+        return _Way(self._handle, session_id, self._silence_s)
 
 
-async def _stream(parts: Any, silence_s: float) -> AsyncGenerator[AnswerPart]:
-    """A replica's parts. Raises TimeoutError if none comes for so long, and what the replica raises."""
+async def _stream(way: _Way, parts: Any) -> AsyncGenerator[AnswerPart]:
+    """A replica's parts. Raises TimeoutError if it is silent, and what it raises."""
     coming = aiter(parts)
     try:
-        while True:
-            async with asyncio.timeout(silence_s):
-                part = await anext(coming, None)
-            if part is None:
-                return
+        while (part := await way.answered(anext(coming, None))) is not None:
             yield part
     finally:
         parts.cancel()  # has no effect once it has ended
@@ -210,9 +204,20 @@ class _Way:
     at: where the next call goes.
     """
 
-    def __init__(self, handle: DeploymentHandle, session_id: str) -> None:
-        self._handle, self._session_id = handle, session_id
+    def __init__(self, handle: DeploymentHandle, session_id: str, silence_s: float) -> None:
+        self._handle, self._session_id, self._silence_s = handle, session_id, silence_s
         self.at = handle.options(session_id=session_id) if session_id else handle
+
+    async def answered(self, call: Awaitable[T]) -> T:
+        """What a replica answers, however long its work takes while it is there. Raises TimeoutError if it isn't."""
+        waiting = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait({waiting}, timeout=self._silence_s))[0]:
+                async with asyncio.timeout(_ANSWERS_S):
+                    await self.at.info.remote()
+            return waiting.result()
+        finally:
+            waiting.cancel()
 
     async def known(self, error: Exception) -> SegcoreError:
         """A call's failure, as clients may know it; the next call goes elsewhere if it had no answer."""

@@ -68,6 +68,7 @@ def runs(monkeypatch):
 
     monkeypatch.setattr(Work, "_run", run)
     monkeypatch.setattr("services.evaluation.run.Processes", Inline)
+    monkeypatch.setattr("services.evaluation.command.write_report", lambda folder: folder)  # pictures take long
     return taken
 
 

@@ -26,7 +26,7 @@ class Tier:
     def __init__(self, make: Callable[[], Sessions], fate: Callable[[], str]) -> None:
         self._make, self._fate = make, fate
         self.replica, self.kills = make(), 0
-        self.stream = False
+        self.silent = False
 
     def options(self, **_: object) -> Tier:
         return self
@@ -52,7 +52,8 @@ class _Method:
         fate = tier._fate()
         if fate == "before":
             tier.die()
-        if fate == "silent":
+        if fate == "silent" or tier.silent:
+            tier.silent = True
             await asyncio.Event().wait()
         if self._name == "info":
             return None
@@ -82,6 +83,7 @@ class _Parts:
             async for part in parts:
                 fate = tier._fate()
                 if fate == "silent":
+                    tier.silent = True
                     await asyncio.Event().wait()
                 if fate != "well":
                     tier.die()
@@ -89,14 +91,19 @@ class _Parts:
 
 
 class CutOff(Tier):
-    """Two replicas: sessions belong to the first one, which may not be heard; other places are the second one's."""
+    """Two replicas: sessions belong to the first one; other places are the second one's.
+
+    The first one may not be heard, until the second one is asked.
+    """
 
     def __init__(self, make: Callable[[], Sessions], fate: Callable[[], str]) -> None:
         super().__init__(make, fate)
         self._second = Tier(make, lambda: "well")
 
     def options(self, session_id: str = "", **_: object) -> Tier:
-        return self._second if "/" in session_id else self
+        elsewhere = "/" in session_id
+        self.silent = self.silent and not elsewhere
+        return self._second if elsewhere else self
 
 
 async def whole(engines: Engines) -> list[str]:
@@ -144,6 +151,15 @@ async def test_a_replica_that_says_nothing_is_gone_around(replica, config, monke
     await engines.call("delete", "", "f")
     assert await whole(engines) == expected
     assert sum(silent) >= 2
+
+
+async def test_a_replica_that_works_for_long_is_waited_for(replica, config, monkeypatch):
+    expected = await whole(Engines(Tier(replica, lambda: "well"), config))
+    for name, seconds in {"_SILENCE_S": 0.0, "_PATIENCE_S": 0.0}.items():
+        monkeypatch.setattr(engines_module, name, seconds)
+    engines = Engines(CutOff(replica, lambda: "well"), config.model_copy(update={"slice_s": 0.001, "lease_s": 0.001}))
+    await engines.call("delete", "", "f")
+    assert await whole(engines) == expected
 
 
 async def test_an_answer_that_its_reader_leaves_is_ended_unless_it_has_a_name(replica, config):
