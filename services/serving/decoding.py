@@ -15,7 +15,7 @@ class Undecodable:
     """Stands for a request whose bytes are no message of its kind."""
 
 
-class Decoding(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Decoding(grpc.aio.ServerInterceptor):
     """Hands requests that can't be decoded on as `Undecodable`, to the servicers of some services."""
 
     def __init__(self, services: Collection[str]) -> None:
