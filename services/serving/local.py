@@ -38,7 +38,9 @@ def local_service(config: ServeConfig) -> Iterator[str]:
     try:
         _start_serve(config)
         try:
-            serve.run(application, name=APPLICATION, route_prefix="/")
+            # Others may ask Serve for more or fewer engines, where it doesn't decide that by itself.
+            by_others = config.autoscaling is None
+            serve.run(application, name=APPLICATION, route_prefix="/", external_scaler_enabled=by_others)
         except RuntimeError as error:
             deployments = serve.status().applications[APPLICATION].deployments.values()
             raise cause("\n".join(deployment.message for deployment in deployments)) from error
