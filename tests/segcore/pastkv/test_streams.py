@@ -136,7 +136,7 @@ class Streams(RuleBasedStateMachine):
         """A new stream begins as stream i did, as far as it is there: all of it is in use, so all of it is."""
         again = self.past.open_stream(LAYOUT)
         for n, key in enumerate(self.streams[i].keys):
-            assert again.available(key)
+            assert again.restore_seconds(key) is not None
             assert same_tensors(again.adopt(key), boundary(self.model[i][n]))
         again.truncate(0)
 
