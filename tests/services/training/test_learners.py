@@ -33,7 +33,7 @@ POLICIES = {
 def here(monkeypatch):
     """`segcore train --local` trains in this process: what it does on a Ray of its own is for test_jobs."""
 
-    def run(config, console, *, resume):
+    def run(config, console, *, resume, ray):
         alone = Alone(config)
         alone.run.train()
         export(latest(config.folder), config.folder / "export")
