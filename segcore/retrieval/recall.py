@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Recall:
 
     searches: int = 0
     _chosen: int = 0
-    _found: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long))
+    _found: Tensor | None = None
 
     def due(self) -> bool:
         """Count a search; whether it is to be looked at."""
@@ -30,9 +30,10 @@ class Recall:
     def look(self, found_R: Tensor, oracle_R: Tensor) -> None:
         """Compare what the index found with what the oracle chooses."""
         self._chosen += len(oracle_R)
-        self._found = self._found.to(found_R.device) + torch.isin(oracle_R, found_R).sum()
+        found = torch.isin(oracle_R, found_R).sum()
+        self._found = found if self._found is None else self._found + found
 
     @property
     def counts(self) -> dict[str, int]:
         """Tokens that were "index.chosen" by the oracle, and "index.found"."""
-        return {"index.chosen": self._chosen, "index.found": int(self._found)}
+        return {"index.chosen": self._chosen, "index.found": 0 if self._found is None else int(self._found)}
