@@ -1,8 +1,7 @@
 """A run without Ray, on this machine: the same workers, checkpoints and export.
 
-One worker is this process; several are processes of its own, which share the GPUs there are: passes of a small model
-are launched more slowly than they are computed, so that a few workers on one GPU are quicker than one. What Ray would
-do besides is left out: a worker that dies ends the run, and `segcore train resume` goes on from the newest checkpoint.
+One worker is this process; several are processes of its own, which share the GPUs there are. What Ray would do besides
+is left out: a worker that dies ends the run, and `segcore train resume` goes on from the newest checkpoint.
 """
 
 from __future__ import annotations
