@@ -36,6 +36,11 @@ class SegmentConfig:
         """The prefix is chosen anew every so many tokens of a segment; None: at its start and at turn marks only."""
         return None
 
+    @property
+    def chooses_at_marks(self) -> bool:
+        """Whether the prefix is chosen anew at turn marks."""
+        return True
+
     def _normalise_cells(self, *names: str) -> None:
         for name in names:
             cells = getattr(self, name)
@@ -82,6 +87,7 @@ class RetrievalConfig(SegmentConfig):
     retrieved_tokens: R, past tokens chosen for the reader cells at a refresh point.
     query_window_tokens: L_q, latest queries that do the choosing.
     refresh_tokens: choose anew every so many tokens of a segment; None: at its start and at turn marks only.
+    turn_marks: choose anew at turn marks; without it a question inside a segment goes unseen by what is retrieved.
     selectors: the cells whose queries and keys choose.
     """
 
@@ -90,6 +96,7 @@ class RetrievalConfig(SegmentConfig):
     retrieved_tokens: int = 512
     query_window_tokens: int = 64
     refresh_tokens: int | None = None
+    turn_marks: bool = True
     selectors: tuple[Cell, ...] = ()
 
     def __post_init__(self) -> None:
@@ -108,6 +115,10 @@ class RetrievalConfig(SegmentConfig):
     @property
     def refresh_points(self) -> int | None:
         return self.refresh_tokens
+
+    @property
+    def chooses_at_marks(self) -> bool:
+        return self.turn_marks
 
     @property
     def prefix_tokens(self) -> int:
@@ -326,6 +337,8 @@ class EngineConfig:
         than a chunk is refused: the engine would wait for the chunk's rest, and its caller for room.
     attention: the backend, "flash4", "flash3", "flash2", "sdpa" or "reference"; "auto": the quickest there is, measured
         once the engine starts.
+    compile: let torch fuse what each layer does around its attention: some seconds for each new shape of a pass, once.
+        None: on a GPU.
     model, tokenizer, adapter: what past KV is the past of, beside the weights: names or hashes (`Fingerprint`).
     """
 
@@ -339,6 +352,7 @@ class EngineConfig:
     max_session_tokens: int = 10_000_000
     max_pending_tokens: int | None = None
     attention: str = "auto"
+    compile: bool | None = None
     model: str = ""
     tokenizer: str = ""
     adapter: str = ""

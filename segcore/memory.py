@@ -171,10 +171,10 @@ def _state(spec: ModelSpec, config: SegmentConfig, tokens: int) -> Iterator[Line
     cutting = sum(line.bytes for line in choosing if line.at_most)
     units: list[tuple[str, Unit, str]] = [
         ("live rows, choosing", "parked session", "3·(rows, all cells)·d·b + ..."),
-        ("a fork; blocks are shared", "fork", "a parked state"),
+        ("a fork; blocks are shared", "fork", "a parked state, once either has run"),
     ]
     for name, unit, formula in units:
-        yield Line(name, "state", "host", unit, formula, parked - lacking)
+        yield Line(name, "state", "host", unit, formula, parked - lacking, at_most=unit == "fork")
         if cutting or lacking:
             formula = "queries that cut; 3·readers·(span_max-1)·d·b"
             yield Line("what spans may take", "state", "host", unit, formula, cutting + lacking, at_most=True)

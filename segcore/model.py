@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from segcore.attention.sdpa import sdpa_attention
 from segcore.errors import UnsupportedModel
+from segcore.row_products import OneRow
 
 if TYPE_CHECKING:
     from segcore.retrieval.query_maps import QueryMaps
@@ -179,6 +180,13 @@ def _without_rotation(kind: type[nn.Module]) -> types.FunctionType:
     return twin
 
 
+class _NoAngles(nn.Module):
+    """Stands where the model made the angles of its rotation, which nothing reads any more."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
 class _Given(nn.Module):
     """Stands where the model's body stood and gives back what it is given."""
 
@@ -244,6 +252,7 @@ class CausalLM:
         self.spec = self._measure(unrotated)
         self._check_rotation(unrotated, own_rotation)
         self._check_logits(own_logits)
+        base.rotary_emb = _NoAngles()
 
     def __call__(self, tokens_T: Tensor, attend: Attend, *, all_logits: bool = False) -> Tensor:
         """One forward pass over the tokens; logits of the last token, [1, V], or of all, [T, V]."""
@@ -261,6 +270,11 @@ class CausalLM:
         body = cast(nn.Module, self.model.base_model)
         return cast(Tensor, body(input_ids=tokens_BT, use_cache=False, segcore_attend=attends).last_hidden_state)
 
+    def attend_in_full(self, layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
+        """An `Attend` for a stream in one pass: full attention, as the model's own."""
+        q, k = self.rope(q_HGTD.flatten(0, 1), k_HTD, 0)
+        return sdpa_attention(q.view_as(q_HGTD), k, v_HTD, scale)
+
     def head(self, hidden_BTC: Tensor, *, all_logits: bool = True) -> Tensor:
         """Logits of all tokens or the last, by the model's own code, its scaling and cap included."""
         # The last position by its index, not as a slice: torch would copy the whole head's weights for a strided input.
@@ -274,8 +288,9 @@ class CausalLM:
     def compile(self) -> None:
         """Let torch fuse what each layer does around its attention; the first passes of a shape take longer for it."""
         self.rope.compile()
+        options = {"post_grad_custom_pre_pass": OneRow()} if self.spec.device.type == "cuda" else None
         for layer in self.layers:
-            layer.compile()
+            layer.compile(options=options)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -337,13 +352,8 @@ class CausalLM:
 
     def _check_logits(self, own_TV: Tensor) -> None:
         """Refuse a model whose attention does more than softmax over rotated keys."""
-
-        def attend(layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
-            q, k = self.rope(q_HGTD.flatten(0, 1), k_HTD, 0)
-            return sdpa_attention(q.view_as(q_HGTD), k, v_HTD, scale)
-
         with torch.inference_mode():
-            ours_TV = self(_probe_tokens(self.model), attend, all_logits=True)
+            ours_TV = self(_probe_tokens(self.model), self.attend_in_full, all_logits=True)
         error = _relative_error(ours_TV, own_TV)
         if not error <= 10 * _rounding(own_TV.dtype):  # rounding adds up over the layers
             raise UnsupportedModel(

@@ -54,6 +54,17 @@ class Window:
         for rows, values in zip(self.rows(row, k_HTD.shape[1]), (k_HTD, rotated_HTD, v_HTD), strict=True):
             rows.copy_(values)
 
+    def become(self, k_HND: Tensor, rotated_HND: Tensor, v_HND: Tensor, filled: int = 0) -> None:
+        """Take a prefix before the open segment's `filled` rows: in place; into tensors of its own, with no room for
+        more, where it doesn't fit or there may be a backward pass."""
+        if torch.is_grad_enabled() or k_HND.shape[1] > self.base:
+            pairs = zip((k_HND, rotated_HND, v_HND), self.rows(self.base, filled), strict=True)
+            self.k_HND, self.rotated_HND, self.v_HND = (torch.cat(pair, dim=1) if filled else pair[0] for pair in pairs)
+            self.start, self.base = 0, k_HND.shape[1]
+        else:
+            self.start = self.base - k_HND.shape[1]
+            self.write(self.start, k_HND, rotated_HND, v_HND)
+
     def reserve(self, rows: int, segment: int) -> bool:
         """Room for rows [0, rows); it doubles, up to a segment's. Whether the window moved."""
         held = self.k_HND.shape[1]
@@ -89,10 +100,10 @@ class Window:
         index = (heads, rows.expand(len(self.heads), -1))
         k, rotated, v = self.k_HND[index], self.rotated_HND[index], self.v_HND[index]
         segment = self.k_HND.shape[1] - self.base
-        if k.shape[1] > self.base:
+        if k.shape[1] > self.base and not torch.is_grad_enabled():
             self._grow(max(k.shape[1], 2 * self.base) + segment)
-        self.start, self.position = self.base - k.shape[1], position
-        self.write(self.start, k, rotated, v)
+        self.position = position
+        self.become(k, rotated, v)
 
     def extend(self, filled: int) -> None:
         """Make the full segment part of the prefix, in place, and begin an empty one of the same room after it."""
@@ -124,7 +135,8 @@ class State:
     retrieved_CR: stream positions of the retrieved prefix, ascending; one row per choice: one for all readers, or one
     for each. length: tokens of the stream so far. filled: tokens of the open segment. events: passes and marks so far
     (`pastkv.journal`). left: what a pass over the whole segment has done of its close already.
-    version: another number whenever windows have moved or their prefix has changed.
+    version: another number whenever windows have moved or their prefix has changed. room: tokens of the open segment
+    that every window is known to have room for, so that not all are asked at every token.
     """
 
     layers: list[list[Window]]
@@ -135,16 +147,21 @@ class State:
     events: int = 0
     left: Any = field(default=None, compare=False)
     version: int = field(default_factory=_versions.__next__, compare=False)
+    room: int = field(default=0, compare=False)
 
     def reserve(self, tokens: int, segment: int) -> None:
         """Room for so many tokens more of the open segment in every window."""
-        moved = [w.reserve(w.base + self.filled + tokens, segment) for windows in self.layers for w in windows]
+        if self.filled + tokens <= self.room:
+            return
+        windows = [w for windows in self.layers for w in windows]
+        moved = [w.reserve(w.base + self.filled + tokens, segment) for w in windows]
         if any(moved):
             self.moved()
+        self.room = min(w.k_HND.shape[1] - w.base for w in windows)
 
     def moved(self) -> None:
         """Windows have moved, or their prefix has changed."""
-        self.version = next(_versions)
+        self.version, self.room = next(_versions), 0
 
     @property
     def closed(self) -> int:

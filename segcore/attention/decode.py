@@ -1,4 +1,4 @@
-"""One token of each of many streams on a GPU: rotated, written and attended in three launches a layer.
+"""One token of each of many streams on a GPU: rotated, written and attended in two launches a layer.
 
 Keys are read in parts, whose softmax sums are merged, as in Flash-Decoding (Dao et al. 2023). All that changes from
 token to token is read on the device, so that a CUDA graph can hold the launches; windows stay where they are.
@@ -58,49 +58,21 @@ def decode_attention(
     streams, heads, group, dim = q_BHGD.shape
     parts = min(_MOST_PARTS, -(-_PROGRAMS // (streams * heads)))
     q, k, v = q_BHGD.contiguous(), k_BHD.contiguous(), v_BHD.contiguous()
-    turned, out = torch.empty_like(q), torch.empty_like(q)
+    out = torch.empty_like(q)
     part_out = torch.empty((streams, heads, parts, group, dim), dtype=torch.float32, device=q.device)
     part_sum = torch.empty((streams, heads, parts, group), dtype=torch.float32, device=q.device)
     at = (places.anchor, places.offset_BH3, places.start_BH, places.base_BH, places.position_BH, places.filled_B)
     cells, block_g = streams * heads, max(16, 1 << (group - 1).bit_length())
-    _write[(cells,)](q, k, v, turned, *at, cos_ND, sin_ND, heads, group, dim // 2)
-    _attend[(cells, parts)](turned, part_out, part_sum, *at, scale, heads, group, parts, dim, block_g, _BLOCK_N)
+    made = q, k, v, part_out, part_sum
+    _attend[(cells, parts)](*made, *at, cos_ND, sin_ND, scale, heads, group, parts, dim // 2, block_g, _BLOCK_N)
     _merge[(cells * group,)](part_out, part_sum, out, group, parts, dim, 1 << (parts - 1).bit_length())
     return out
 
 
-def _write_tile(  # type: ignore[no-untyped-def]
-    q, k, v, turned, anchor, offset, start, base, position, filled, cos, sin, heads, group, HALF: tl.constexpr
-):
-    """One stream's KV head: rotate its queries and key, and put key and value into their row."""
-    cell = tl.program_id(0)
-    done = tl.load(filled + cell // heads)
-    row = tl.load(base + cell) + done
-    angle = (tl.load(position + cell) + done) * (2 * HALF)
-    low = tl.arange(0, HALF)
-    high = low + HALF
-    cos_low, cos_high = tl.load(cos + angle + low).to(tl.float32), tl.load(cos + angle + high).to(tl.float32)
-    sin_low, sin_high = tl.load(sin + angle + low).to(tl.float32), tl.load(sin + angle + high).to(tl.float32)
-    keys = anchor + tl.load(offset + cell * 3) + row * (2 * HALF)
-    rotated = anchor + tl.load(offset + cell * 3 + 1) + row * (2 * HALF)
-    values = anchor + tl.load(offset + cell * 3 + 2) + row * (2 * HALF)
-    k_low, k_high = tl.load(k + cell * 2 * HALF + low), tl.load(k + cell * 2 * HALF + high)
-    tl.store(keys + low, k_low)
-    tl.store(keys + high, k_high)
-    tl.store(values + low, tl.load(v + cell * 2 * HALF + low))
-    tl.store(values + high, tl.load(v + cell * 2 * HALF + high))
-    k_low, k_high = k_low.to(tl.float32), k_high.to(tl.float32)
-    tl.store(rotated + low, k_low * cos_low - k_high * sin_low)
-    tl.store(rotated + high, k_high * cos_high + k_low * sin_high)
-    for g in range(group):
-        at = (cell * group + g) * 2 * HALF
-        q_low, q_high = tl.load(q + at + low).to(tl.float32), tl.load(q + at + high).to(tl.float32)
-        tl.store(turned + at + low, q_low * cos_low - q_high * sin_low)
-        tl.store(turned + at + high, q_high * cos_high + q_low * sin_high)
-
-
 def _attend_tile(  # type: ignore[no-untyped-def]
-    turned,
+    q,
+    k,
+    v,
     part_out,
     part_sum,
     anchor,
@@ -109,40 +81,60 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     base,
     position,
     filled,
+    cos,
+    sin,
     scale,
     heads,
     group,
     parts,
-    DIM: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One stream's KV head and part of its rows: the part's output, and the logarithm of its softmax sum, base 2."""
+    """One stream's KV head and part of its rows: the part's output, and the logarithm of its softmax sum, base 2.
+
+    Whose part the new row is puts key and value there first.
+    """
+    DIM: tl.constexpr = 2 * HALF
     cell, part = tl.program_id(0), tl.program_id(1)
-    first = tl.load(start + cell)
-    stop = tl.load(base + cell) + tl.load(filled + cell // heads) + 1
+    done = tl.load(filled + cell // heads)
+    first, new = tl.load(start + cell), tl.load(base + cell) + done
+    stop = new + 1
     size = tl.cdiv(tl.cdiv(stop - first, parts), BLOCK_N) * BLOCK_N
     at = first + part * size
     end = tl.minimum(at + size, stop)
     d, g, n = tl.arange(0, DIM), tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_N)
-    q = tl.load(turned + (cell * group + g[:, None]) * DIM + d[None, :], mask=g[:, None] < group, other=0.0)
     # Rows begin at multiples of the head dimension: wide loads are safe.
     keys = anchor + tl.multiple_of(tl.load(offset + cell * 3 + 1), 16)
     values = anchor + tl.multiple_of(tl.load(offset + cell * 3 + 2), 16)
+    # The rotation turns each half with the other one.
+    angle, other = (tl.load(position + cell) + done) * DIM, tl.where(d < HALF, d + HALF, d - HALF)
+    cosine = tl.load(cos + angle + d).to(tl.float32)
+    sine = tl.load(sin + angle + d).to(tl.float32) * tl.where(d < HALF, -1.0, 1.0)
+    if (at <= new) & (new < end):
+        plain, crossed = tl.load(k + cell * DIM + d), tl.load(k + cell * DIM + other).to(tl.float32)
+        tl.store(anchor + tl.load(offset + cell * 3) + new * DIM + d, plain)
+        tl.store(keys + new * DIM + d, plain.to(tl.float32) * cosine + crossed * sine)
+        tl.store(values + new * DIM + d, tl.load(v + cell * DIM + d))
+    tl.debug_barrier()  # other threads of this program read them
+    queries, some_g = q + (cell * group + g[:, None]) * DIM, g[:, None] < group
+    plain = tl.load(queries + d[None, :], mask=some_g, other=0.0)
+    crossed = tl.load(queries + other[None, :], mask=some_g, other=0.0).to(tl.float32)
+    turned = (plain.to(tl.float32) * cosine[None, :] + crossed * sine[None, :]).to(plain.dtype)
     best = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     out = tl.zeros([BLOCK_G, DIM], tl.float32)
     for begin in range(at, end, BLOCK_N):
         rows = begin + n
         inside = rows < end
-        k = tl.load(keys + rows[None, :] * DIM + d[:, None], mask=inside[None, :], other=0.0)
-        score = tl.dot(q, k) * (scale * 1.4426950408889634)
+        key = tl.load(keys + rows[None, :] * DIM + d[:, None], mask=inside[None, :], other=0.0)
+        score = tl.dot(turned, key) * (scale * 1.4426950408889634)
         score = tl.where(inside[None, :], score, float("-inf"))
         higher = tl.maximum(best, tl.max(score, axis=1))
         weight = tl.exp2(score - higher[:, None])
         fade = tl.exp2(best - higher)
-        v = tl.load(values + rows[:, None] * DIM + d[None, :], mask=inside[:, None], other=0.0)
-        out = out * fade[:, None] + tl.dot(weight.to(v.dtype), v)
+        value = tl.load(values + rows[:, None] * DIM + d[None, :], mask=inside[:, None], other=0.0)
+        out = out * fade[:, None] + tl.dot(weight.to(value.dtype), value)
         total = total * fade + tl.sum(weight, axis=1)
         best = higher
     # A part without rows weighs nothing.
@@ -170,4 +162,4 @@ def _merge_tile(  # type: ignore[no-untyped-def]
 
 
 if triton is not None:
-    _write, _attend, _merge = triton.jit(_write_tile), triton.jit(_attend_tile), triton.jit(_merge_tile)
+    _attend, _merge = triton.jit(_attend_tile), triton.jit(_merge_tile)

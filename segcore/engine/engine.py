@@ -15,14 +15,13 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from segcore.config import EngineConfig
 from segcore.engine.replay import block_keys, journal_of
 from segcore.engine.request import Flush, Generation, Mark, Session, Step
 from segcore.engine.runner import Runner
 from segcore.engine.scheduler import Scheduler
-from segcore.engine.snapshot import Snapshot, pack, unpack
+from segcore.engine.snapshot import Snapshot, counted, pack
 from segcore.engine.steps import Steps, settle
 from segcore.errors import (
     AlreadyExists,
@@ -94,6 +93,8 @@ class Engine:
 
     def __init__(self, model: CausalLM, config: EngineConfig, cipher: Cipher | None = None) -> None:
         self.config, self.spec = config, model.spec
+        if model.spec.device.type == "cuda" if config.compile is None else config.compile:
+            model.compile()
         self._runner = apart(lambda: Runner(model, config.segment, config.attention))
         self.fingerprint = Fingerprint(
             model=config.model,
@@ -196,6 +197,8 @@ class Engine:
     def fork(self, session_id: str, new_id: str) -> None:
         """A second stream that continues from where this one stands; past KV is shared, not copied.
 
+        So is a parked state until one of them runs.
+
         An answer under way isn't continued in the fork. Raises NotFound, SessionFailed, AlreadyExists, Busy.
         """
         with self._changed:
@@ -239,7 +242,7 @@ class Engine:
         rest = deque(tokens[len(journal.tokens) :])
         # Tiers may be slow, so the engine goes on meanwhile.
         snapshot = Snapshot(past.root, journal, tuple(keys), rest, (), None)
-        session, state = self._continued(session_id, snapshot, past, tenant)
+        session = self._continued(session_id, snapshot, past, tenant)
         with self._changed:
             try:
                 self._check_new(session_id)
@@ -249,7 +252,6 @@ class Engine:
             self._steps.counts["restored.found"] += past.segments
             slow = past.segments < len(keys) and past.restore_seconds(keys[past.segments]) is not None
             self._steps.counts["restored.recomputed" if slow else "restored.lost"] += len(keys) - past.segments
-            self._place(session, state)
             self._add(session)
 
     def rewind(self, session_id: str, tokens: int) -> None:
@@ -374,31 +376,33 @@ class Engine:
         return Snapshot(past.root, past.journal.copy(), past.keys, session.pending.copy(), marks, tensors)
 
     def _continue(self, session_id: str, snapshot: Snapshot, past: SessionPast, tenant: str) -> None:
-        session, state = self._continued(session_id, snapshot, past, tenant)
-        self._place(session, state)
-        self._add(session)
+        self._add(self._continued(session_id, snapshot, past, tenant))
 
-    def _continued(self, session_id: str, snapshot: Snapshot, past: SessionPast, tenant: str) -> tuple[Session, State]:
-        """A new session that continues a snapshot, and its state; what `past` holds is let go of if that fails."""
+    def _continued(self, session_id: str, snapshot: Snapshot, past: SessionPast, tenant: str) -> Session:
+        """A new session that continues a snapshot, parked; what `past` holds is let go of if that fails."""
         session = Session(session_id, past, State([]), tenant, pending=snapshot.pending)
         session.appended = len(past.journal.tokens) + len(session.pending)
         session.controls.extend((position, Mark()) for position in snapshot.marks)
         try:
-            state, session.logits_V = apart(lambda: self._regained(session, snapshot))
+            apart(lambda: self._regain(session, snapshot))
         except Exception:
             past.truncate(0)
             raise
-        return session, state
+        return session
 
     @torch.inference_mode()
-    def _regained(self, session: Session, snapshot: Snapshot) -> tuple[State, Tensor | None]:
-        """The state of a snapshot, and its last logits; where its blocks don't all stand, of what does."""
-        if not self._regain(session.past, snapshot.keys) or snapshot.tensors is None:
-            return self._steps.resume(session, session.past.segments)
-        logits = snapshot.tensors.get("logits")
-        return unpack(snapshot.tensors, self._runner.policy), None if logits is None else logits.to(self.spec.device)
+    def _regain(self, session: Session, snapshot: Snapshot) -> None:
+        """Give a session a snapshot's state and its last logits; where its blocks don't all stand, of what does."""
+        if self._take_up(session.past, snapshot.keys) and snapshot.tensors is not None:
+            session.parked = dict(snapshot.tensors)
+            logits = session.parked.pop("logits", None)
+            session.state = counted(session.parked)
+            session.logits_V = None if logits is None else logits.to(self.spec.device)
+        else:
+            session.state, session.logits_V = self._steps.resume(session, session.past.segments)
+            self._steps.park(session)
 
-    def _regain(self, past: SessionPast, keys: Sequence[str]) -> bool:
+    def _take_up(self, past: SessionPast, keys: Sequence[str]) -> bool:
         """Take up a past's blocks again, as far as that is quicker than to run them; whether all are there."""
         lacking = keys[past.segments :]
         with closing(past.heads(lacking)) as heads:

@@ -100,9 +100,11 @@ class _Graph:
     def __init__(self, model: CausalLM, policy: Policy[Any], width: int, pool: Any) -> None:
         self._model, self._together, self._window = model, _Together(model, policy, width), policy.watched_tokens
         self._placed: list[int | None] = [None] * width
-        self._tokens_B1 = torch.zeros((width, 1), dtype=torch.int64, device=model.spec.device)
-        self._given_2B = torch.empty((2, width), dtype=torch.int64, pin_memory=True)
-        self._taken = torch.cuda.Event()
+        # Tokens, and how many the open segments have: read from host memory by the graph itself.
+        self._given_2B = torch.zeros((2, width), dtype=torch.int64, pin_memory=True)
+        self._rows_2B = self._given_2B.numpy()
+        self._on_device_2B = torch.zeros((2, width), dtype=torch.int64, device=model.spec.device)
+        self._done = torch.cuda.Event()
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(model.spec.device)
         stream.wait_stream(torch.cuda.current_stream(model.spec.device))
@@ -117,15 +119,12 @@ class _Graph:
 
     def run(self, tokens_B1: Tensor, states: Sequence[State]) -> Tensor:
         self._place(states)
-        self._taken.synchronize()  # by the last run
-        self._given_2B.zero_()
-        self._given_2B[0, : len(states)] = tokens_B1[:, 0]
-        self._given_2B[1, : len(states)] = torch.tensor([state.filled for state in states])
-        given_2B = self._given_2B.to(self._tokens_B1.device, non_blocking=True)
-        self._taken.record()
-        self._tokens_B1[:, 0] = given_2B[0]
-        self._together.filled_B.copy_(given_2B[1])
+        self._done.synchronize()
+        self._rows_2B[:] = 0
+        self._rows_2B[0, : len(states)] = tokens_B1[:, 0].numpy()
+        self._rows_2B[1, : len(states)] = [state.filled for state in states]
         self._graph.replay()
+        self._done.record()
         for b, state in enumerate(states):
             for i, seen in enumerate(state.queries):
                 before = seen[:, max(0, seen.shape[1] + 1 - self._window) :]
@@ -143,5 +142,7 @@ class _Graph:
                 self._placed[stream] = version
 
     def _pass(self) -> Tensor:
-        hidden_B1C = self._model.hidden(self._tokens_B1, self._together)
+        tokens_B, filled_B = self._on_device_2B.copy_(self._given_2B, non_blocking=True)
+        self._together.filled_B.copy_(filled_B)
+        hidden_B1C = self._model.hidden(tokens_B[:, None], self._together)
         return self._model.head(hidden_B1C, all_logits=True)

@@ -30,12 +30,12 @@ class Runner:
         self.model, self.config = model, config
         self.policy = make_policy(config, model.spec, model.rope, model.query_maps)
         keys = self.policy.windows(0)[0].base + config.segment_tokens
-        self._attention = make_attention(attention, model.spec, config.segment_tokens, keys)
+        self.attention = make_attention(attention, model.spec, config.segment_tokens, keys)
         self._watched = {cell: i for i, cell in enumerate(self.policy.watched)}
         self._rows: dict[tuple[int, ...], Tensor] = {}
         pool = torch.cuda.graph_pool_handle() if model.spec.device.type == "cuda" else None
         self._decode = DecodeGraphs(model, self.policy, pool)
-        self._wholes = WholeSegments(model, self.policy, self._attention, pool)
+        self._wholes = WholeSegments(model, self.policy, self.attention, pool)
 
     def begin(self) -> State:
         """The state before a stream's first token."""
@@ -66,10 +66,10 @@ class Runner:
         don't depend on its company, to the last bit: matrix products of one shape treat their rows alike.
         """
         if tokens_BT.shape[1] == 1 and self._decode.usable():
-            self._begin(tokens_BT, states, pasts)
+            self.begin_pass(tokens_BT, states, pasts)
             return self._decode.run(tokens_BT, states, width)
         if len(states) == 1 and not all_logits and self._wholes.fits(states[0], tokens_BT.shape[1]):
-            self._begin(tokens_BT, states, pasts)
+            self.begin_pass(tokens_BT, states, pasts)
             return self._wholes.run(tokens_BT[0], states[0], pasts[0])[None]
         return self.model.head(self.hidden(tokens_BT, states, pasts, width=width), all_logits=all_logits)[: len(states)]
 
@@ -77,7 +77,7 @@ class Runner:
         self, tokens_BT: Tensor, states: Sequence[State], pasts: Sequence[SessionPast], *, width: int = 1
     ) -> Tensor:
         """What `forward` makes logits of, [width or B, T, C]."""
-        self._begin(tokens_BT, states, pasts)
+        self.begin_pass(tokens_BT, states, pasts)
         for state in states:
             state.reserve(tokens_BT.shape[1], self.config.segment_tokens)
         padded = torch.nn.functional.pad(tokens_BT, (0, 0, 0, max(width - len(states), 0)))
@@ -107,7 +107,7 @@ class Runner:
     def mark(self, state: State, past: SessionPast) -> None:
         """An end of turn at the stream's end: a refresh point that doesn't close the segment (design, section 6)."""
         past.journal.begin_mark(state)
-        if state.filled:  # a close has just chosen by the same queries
+        if state.filled and self.config.chooses_at_marks:  # where a segment starts, its close has chosen
             self.policy.refresh(state, past)
             state.moved()
 
@@ -124,7 +124,7 @@ class Runner:
             self._rows[heads] = torch.tensor(heads, device=self.model.spec.device)
         return self._rows[heads]
 
-    def _begin(self, tokens_BT: Tensor, states: Sequence[State], pasts: Sequence[SessionPast]) -> None:
+    def begin_pass(self, tokens_BT: Tensor, states: Sequence[State], pasts: Sequence[SessionPast]) -> None:
         """Write a pass down before it runs."""
         tokens = tokens_BT.shape[1]
         for row, state, past in zip(tokens_BT.tolist(), states, pasts, strict=True):
@@ -144,7 +144,7 @@ class Runner:
         else:
             rotated_q = self.model.rope.into(window.rows(row, tokens), q_XTD, k_HTD, v_HTD, position)
         seen = slice(window.start, row + tokens)
-        return self._attention(rotated_q.view(q_HGTD.shape), window.rotated_HND[:, seen], window.v_HND[:, seen], scale)
+        return self.attention(rotated_q.view(q_HGTD.shape), window.rotated_HND[:, seen], window.v_HND[:, seen], scale)
 
     def _watch(self, state: State, layer: int, q_HGTD: Tensor) -> None:
         """Keep the latest unrotated queries of the watched cells; no gradient passes through them."""

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import zlib
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -28,19 +29,19 @@ _HOST = torch.device("cpu")
 _FIELDS = ("k_HND", "rotated_HND", "v_HND")
 
 
-def pack(state: State, device: torch.device = _HOST) -> dict[str, Tensor]:
-    """The state's live tensors, copied to host memory or to a device. Gradients pass, and through `unpack` too."""
+def pack(state: State) -> dict[str, Tensor]:
+    """The state's live tensors, copied to host memory."""
     tensors = {
         "counts": torch.tensor([state.length, state.filled, state.events]),
         "retrieved": _copy(state.retrieved_CR, _HOST),
     }
-    tensors |= {f"queries.{i}": _copy(q, device) for i, q in enumerate(state.queries)}
+    tensors |= {f"queries.{i}": _copy(q, _HOST) for i, q in enumerate(state.queries)}
     for layer, windows in enumerate(state.layers):
         for i, window in enumerate(windows):
             stop, name = window.base + state.filled, f"window.{layer}.{i}"
             tensors[f"{name}.rows"] = torch.tensor([window.start, window.base, window.position, window.k_HND.shape[1]])
             for field in _FIELDS:
-                tensors[f"{name}.{field}"] = _copy(getattr(window, field)[:, window.start : stop], device)
+                tensors[f"{name}.{field}"] = _copy(getattr(window, field)[:, window.start : stop], _HOST)
     return tensors
 
 
@@ -57,9 +58,10 @@ def unpack(tensors: dict[str, Tensor], policy: Policy[Any]) -> State:
     return state
 
 
-def differentiable(tensors: dict[str, Tensor]) -> list[str]:
-    """Which of a packed state's tensors a gradient may pass through: keys and values, where there are any."""
-    return [n for n, t in tensors.items() if n.startswith("window.") and t.is_floating_point() and t.numel()]
+def counted(tensors: dict[str, Tensor]) -> State:
+    """What is to be known of a packed state while it is parked: how far it has come."""
+    length, filled, events = tensors["counts"].tolist()
+    return State([], length=length, filled=filled, events=events)
 
 
 def _restore(window: Window, rows: list[int], live: list[Tensor]) -> None:
@@ -124,7 +126,9 @@ class Snapshot:
             raise BlockDamaged(f"the snapshot can't be read: {error}") from error
         if wrong := fingerprint.differences(header["fingerprint"]):
             raise BlockMismatch(f"the snapshot was made with another {', '.join(wrong)}", fields=",".join(wrong))
-        whole = {name for name, tensor in tensors.items() if checksum(tensor) == header["checksums"].get(name)}
+        with ThreadPoolExecutor() as executor:
+            sums = zip(tensors, executor.map(checksum, tensors.values()), strict=True)
+            whole = {name for name, found in sums if found == header["checksums"].get(name)}
         if not {"journal.tokens", "journal.events", "pending"} <= whole:
             raise BlockDamaged("the snapshot's tokens are damaged: their checksum doesn't match")
         state = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}

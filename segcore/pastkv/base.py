@@ -103,8 +103,8 @@ class Tier(Protocol):
         """Some rows of a block's bulk, [n, C, 2, D], in the order asked for."""
         ...
 
-    def head(self, key: str) -> BlockHead:
-        """Index and boundary of a block."""
+    def head(self, key: str, *, boundary: bool = True) -> BlockHead:
+        """Index of a block and, where it is asked for, its boundary."""
         ...
 
     def holds(self, key: str) -> bool:

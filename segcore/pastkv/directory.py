@@ -80,9 +80,9 @@ class DirectoryTier:
         with self._open(key) as read:
             return self._format.rows(key, read, rows_n)
 
-    def head(self, key: str) -> BlockHead:
+    def head(self, key: str, *, boundary: bool = True) -> BlockHead:
         with self._open(key) as read:
-            return self._format.head(key, read)
+            return self._format.head(key, read, boundary=boundary)
 
     def holds(self, key: str) -> bool:
         try:

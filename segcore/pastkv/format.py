@@ -96,21 +96,21 @@ class BlockFormat:
         parts = [memoryview(_header(about, entries)), *data.values()]
         return parts if self._cipher is None else self._cipher.encrypt(block.tenant, block.key, parts)
 
-    def head(self, key: str, read: ReadRanges) -> BlockHead:
-        """Index and boundary. Raises BlockDamaged, BlockMismatch, and what `read` raises."""
+    def head(self, key: str, read: ReadRanges, *, boundary: bool = True) -> BlockHead:
+        """Index, and boundary if it is asked for. Raises BlockDamaged, BlockMismatch, and what `read` raises."""
         read = self._plain(key, read)
         header = self._open(key, read)
-        names = [name for name in header.entries if name != _KV]
+        names = [name for name in header.entries if name.startswith((_INDEX, _BOUNDARY) if boundary else _INDEX)]
         parts = read([header.range(name) for name in names])
-        index, boundary = {}, {}
+        head = BlockHead({}, {})
         for name, part in zip(names, parts, strict=True):
             _verify(key, name, part, header.checksums.get(name))
             tensor = header.tensor(name, bytearray(part))
             if name.startswith(_INDEX):
-                index[name.removeprefix(_INDEX)] = tensor
+                head.index[name.removeprefix(_INDEX)] = tensor
             else:
-                boundary[name.removeprefix(_BOUNDARY)] = tensor
-        return BlockHead(index, boundary)
+                head.boundary[name.removeprefix(_BOUNDARY)] = tensor
+        return head
 
     def rows(self, key: str, read: ReadRanges, rows_n: Tensor) -> Tensor:
         """Rows of the bulk, [n, C, 2, D]. Reads and verifies whole pages. Raises as `head` does."""

@@ -277,20 +277,26 @@ class PastKVManager:
             wait([reading])
         return self._some_rows(key, torch.unique(rows_n)).take(rows_n)
 
-    def head(self, key: str) -> BlockHead:
-        """Index and boundary of a block, from the nearest tier that gives them whole. Raises PastKVError."""
+    def head(self, key: str, *, boundary: bool = True) -> BlockHead:
+        """Index and boundary of a block, from the nearest tier that gives them whole. Raises PastKVError.
+
+        boundary: it may be the larger part; whether it is read.
+        """
         try:
-            return self._host.head(key)
+            return self._host.head(key, boundary=boundary)
         except BlockMissing:
-            return self._from_slower(key, lambda tier: self._read_head(tier, key))
+            return self._from_slower(key, lambda tier: self._read_head(tier, key, boundary))
 
     def heads(self, keys: Sequence[str]) -> Generator[BlockHead]:
-        """The heads of blocks in order, the next ones being read meanwhile. Raises PastKVError; then it has ended."""
+        """The heads of blocks without their boundaries, in order, the next ones being read meanwhile.
+
+        Raises PastKVError; then it has ended.
+        """
         ahead, rest = deque[Future[BlockHead]](), iter(keys)
         try:
             while True:
                 for key in islice(rest, HEADS_AHEAD - len(ahead)):
-                    ahead.append(self._reader.submit(copy_context().run, self.head, key))
+                    ahead.append(self._reader.submit(copy_context().run, partial(self.head, key, boundary=False)))
                 if not ahead:
                     return
                 yield ahead.popleft().result()
@@ -521,12 +527,12 @@ class PastKVManager:
             with self._lock:
                 self._reading.pop(key, None)
 
-    def _read_head(self, tier: Tier, key: str) -> BlockHead:
+    def _read_head(self, tier: Tier, key: str, boundary: bool) -> BlockHead:
         """A block's head from a slower tier, at the pace that is allowed; how long it takes is noted."""
         rate, size = self._head_rates[tier.name], 0
         rate.begin()
         try:
-            head = tier.head(key)
+            head = tier.head(key, boundary=boundary)
             size = self._head_bytes = nbytes(head.index) + nbytes(head.boundary)
             self._pace.wait(size)
         finally:

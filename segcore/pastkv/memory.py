@@ -69,7 +69,7 @@ class MemoryTier:
         out = torch.empty((len(rows_n), *kv_SC2D.shape[1:]), dtype=kv_SC2D.dtype, device=kv_SC2D.device, pin_memory=pin)
         return torch.index_select(kv_SC2D, 0, rows_n.to(kv_SC2D.device), out=out)
 
-    def head(self, key: str) -> BlockHead:
+    def head(self, key: str, *, boundary: bool = True) -> BlockHead:
         block = self.get(key)
         if not block.boundary:
             raise BlockMissing(f"block {key} isn't complete")

@@ -85,8 +85,8 @@ class RedisTier:
     def rows(self, key: str, rows_n: Tensor) -> Tensor:
         return self._format.rows(key, self._reader(key), rows_n)
 
-    def head(self, key: str) -> BlockHead:
-        return self._format.head(key, self._reader(key))
+    def head(self, key: str, *, boundary: bool = True) -> BlockHead:
+        return self._format.head(key, self._reader(key), boundary=boundary)
 
     def holds(self, key: str) -> bool:
         with self._answers():

@@ -146,7 +146,10 @@ class SessionPast:
         return _boundary(head)
 
     def heads(self, keys: Sequence[str]) -> Generator[BlockHead]:
-        """The heads of blocks that are adopted one by one, read ahead. Raises PastKVError; then it has ended."""
+        """The heads of blocks that are adopted one by one, without boundaries, read ahead.
+
+        Raises PastKVError; then it has ended.
+        """
         return self._manager.heads(keys)
 
     def restore_seconds(self, key: str) -> float | None:

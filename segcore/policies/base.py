@@ -128,8 +128,11 @@ def segment_ends(window: Window, state: State, sink_tokens: int, tail_tokens: in
     return window.between((sink_row, sink_row + sinks), (stop - tail, stop))
 
 
-def write_prefixes(prefixes: Sequence[tuple[Window, Tensor, Tensor]], rope: Rope) -> None:
-    """Right-align prefixes, keys and values [H, N, D] each, before their segments, keys rotated to just before it."""
+def write_prefixes(prefixes: Sequence[tuple[Window, Tensor, Tensor]], rope: Rope, *, filled: int = 0) -> None:
+    """Right-align prefixes, keys and values [H, N, D] each, before their segments, keys rotated to just before it.
+
+    filled: tokens of the open segment, which stay.
+    """
     # On a GPU all alike at once, for each is too little work; on a CPU each while it is in the cache.
     batches: dict[object, list[tuple[Window, Tensor, Tensor]]] = {}
     for window, k_HND, v_HND in prefixes:
@@ -141,5 +144,4 @@ def write_prefixes(prefixes: Sequence[tuple[Window, Tensor, Tensor]], rope: Rope
         rotated = rope.keys(torch.cat([k_HND for _, k_HND, _ in batch]), first.position - rows)
         parts = rotated.split([len(window.heads) for window, _, _ in batch])
         for (window, k_HND, v_HND), rotated_HND in zip(batch, parts, strict=True):
-            window.start = window.base - rows
-            window.write(window.start, k_HND, rotated_HND, v_HND)
+            window.become(k_HND, rotated_HND, v_HND, filled)

@@ -120,8 +120,8 @@ class RetrievingPolicy(Policy[C]):
         """Write other cells' prefixes, and take what the rest of a close needs before windows are written."""
         ends = {(layer, i): segment_ends(w, state, *self._sees(layer, w)) for layer, i, w in _numbered(state)}
         others = [(w, *ends[layer, i]) for layer, i, w in _numbered(state) if not self._reads(layer, w)]
-        write_prefixes(others, self.rope)
         kv_SC2D, searched = (self._kv(state), self.searched(state)) if keeps else (None, {})
+        write_prefixes(others, self.rope)
         return Left(kv_SC2D, searched, partial(self._insert_between, ends))
 
     def refresh(self, state: State, past: SessionPast) -> None:
@@ -230,7 +230,7 @@ class RetrievingPolicy(Policy[C]):
                 pairs = zip(ends[layer, i], self._of_heads(kv_RC2D, layer, window), strict=True)
                 k, v = (torch.cat([x[:, :sinks], retrieved, x[:, sinks:]], dim=1) for x, retrieved in pairs)
                 prefixes.append((window, k, v))
-        write_prefixes(prefixes, self.rope)
+        write_prefixes(prefixes, self.rope, filled=state.filled)
 
     def _of_heads(self, kv_RC2D: Tensor, layer: int, window: Window) -> tuple[Tensor, Tensor]:
         """Keys and values of a window's heads, [H, R, D] each."""

@@ -108,6 +108,7 @@ class ServeConfig(BaseModel):
     encryption_keys: Path | None = None
     changed_sessions: Literal["refuse", "recompute"] = "refuse"
     attention: str = "auto"
+    compile: bool | None = None
     slots: int = Field(default=8, ge=1)
     max_sessions: int = Field(default=64, ge=1)
     max_session_tokens: int = Field(default=10_000_000, ge=1)
@@ -173,6 +174,7 @@ class ServeConfig(BaseModel):
             ),
             chunk_tokens=self.chunk_tokens,
             attention=self.attention,
+            compile=self.compile,
             slots=self.slots,
             max_sessions=self.max_sessions,
             max_session_tokens=self.max_session_tokens,

@@ -277,7 +277,7 @@ def test_a_fork_that_fails_leaves_nothing(make_engine, monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("no room on the device")
 
-    monkeypatch.setattr(engine_module, "unpack", broken)
+    monkeypatch.setattr(engine_module, "counted", broken)
     with pytest.raises(RuntimeError):
         engine.fork("a", "b")
     monkeypatch.undo()

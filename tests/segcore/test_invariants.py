@@ -206,6 +206,8 @@ def test_a_mark_chooses_anew_without_closing_the_segment(tiny_lm):
     assert torch.equal(plain.logits_TV[:121], marked.logits_TV[:121])
     assert plain.state.retrieved_CR.tolist() != marked.state.retrieved_CR.tolist()
     assert plain.state.filled == marked.state.filled
+    deaf = run(tiny_lm, tiny_segment(turn_marks=False), STREAM, (121,))
+    assert torch.equal(plain.logits_TV, deaf.logits_TV)
 
 
 @pytest.mark.parametrize("policy", [name for name, config in MATRIX.items() if isinstance(config, SegmentedConfig)])

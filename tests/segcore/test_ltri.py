@@ -42,7 +42,7 @@ class Witness:
 
     def _spy(self) -> None:
         runner, policy = self.runner, self.runner.policy
-        attend, watch, searched = runner._attention, runner._watch, policy.searched
+        attend, watch, searched = runner.attention, runner._watch, policy.searched
 
         def attending(q_HGTD, k_HND, v_HND, scale):
             if self.calls % self.lm.spec.layers == self.layer:  # layers attend in order, each with one window
@@ -62,7 +62,7 @@ class Witness:
             self.spans += index["spans"].tolist()
             return index
 
-        runner._attention, runner._watch, policy.searched = attending, watching, searching
+        runner.attention, runner._watch, policy.searched = attending, watching, searching
 
     def run(self, stream_T, marks=(), step=10**9):
         """Yields after every pass and every mark: does a new choice stand now?"""
