@@ -7,13 +7,17 @@ saved is a directory of PEFT's, with a card beside it (`segcore.adapter`); servi
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
+from torch import nn
 
 from segcore.adapter import CARD, PEFT_FILES, SELECTORS_FILE, Adapter, hashes
 from segcore.config import SegmentConfig
@@ -63,9 +67,9 @@ def add_lora(model: CausalLM, settings: LoraSettings | None = None) -> None:
 def save_adapter(model: CausalLM, directory: str | Path, *, base_model: str, segment: SegmentConfig) -> Adapter:
     """Write the adapter that the model trains, for `load_model(base_model, adapter=directory)` and for plain peft.
 
-    LoRA, if it was added, and the selectors' maps, if there are any. base_model: the name by which the model is loaded.
-    segment: the policy that it is trained with. What is in the directory under the same names is overwritten;
-    `segcore.json` comes last.
+    LoRA, if it was added, in the model's own precision, which merging rounds to anyway; and the selectors' maps, if
+    there are any. base_model: the name by which the model is loaded. segment: the policy that it is trained with. What
+    is in the directory under the same names is overwritten; `segcore.json` comes last.
     """
     folder = Path(directory)
     files: list[str] = []
@@ -90,7 +94,9 @@ def _save_lora(model: CausalLM, folder: Path, base_model: str) -> None:
     config.target_modules = sorted(config.target_modules or ())
     config.save_pretrained(str(folder))
     weights = get_peft_model_state_dict(model.model, adapter_name=_NAME)
-    tensors = {f"base_model.model.{name}": t.detach().cpu().contiguous() for name, t in weights.items()}
+    tensors = {
+        f"base_model.model.{name}": t.detach().to("cpu", model.spec.dtype).contiguous() for name, t in weights.items()
+    }
     save_file(tensors, folder / PEFT_FILES[1], metadata={"format": "pt"})
 
 
@@ -113,6 +119,20 @@ def load_adapter(model: CausalLM, directory: str | Path, *, name: str = "this mo
         lora.lora_A[_NAME].weight.copy_(a_rI)
         lora.lora_B[_NAME].weight.copy_(b_Or)
     return adapter
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The model's own weights alone, for as long as this lasts."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    scales = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling.update(scale)
 
 
 def _inject(model: CausalLM, config: PeftConfig) -> None:

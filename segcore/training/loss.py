@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from segcore.model import CausalLM
 from segcore.training.stream import IGNORED
@@ -17,13 +17,19 @@ LOGITS = 2**25
 
 
 def head_loss_and_grad(
-    model: CausalLM, hidden_TC: Tensor, targets_T: Tensor, weight: float, logits: int = LOGITS
+    model: CausalLM,
+    hidden_TC: Tensor,
+    targets_T: Tensor,
+    weight: float,
+    logits: int = LOGITS,
+    own_TC: Tensor | None = None,
 ) -> tuple[float, Tensor]:
     """The summed loss of a segment, and the gradient of `weight` times it with respect to `hidden_TC`.
 
     The gradient of the head's own parameters is added to their `.grad`. Only targets have logits, a piece at a time,
     by the model's own head; the loss is taken in fp32 at least. So a loss needs its head once, however many backward
-    passes through the segment follow.
+    passes through the segment follow. own_TC: the loss is then how far predictions at targets are from those that the
+    head makes of these (Kullback-Leibler divergence from theirs), in place of minus log likelihood.
     """
     wide = torch.promote_types(hidden_TC.dtype, torch.float32)
     grad_TC, loss = torch.zeros_like(hidden_TC), torch.zeros((), dtype=wide, device=hidden_TC.device)
@@ -33,7 +39,11 @@ def head_loss_and_grad(
         hidden_nC = hidden_TC.detach()[rows_n].requires_grad_()
         with torch.enable_grad():
             logits_nV = model.head(hidden_nC[None])[0].to(wide)
-            piece = cross_entropy(logits_nV, targets_T[rows_n], reduction="sum")
+            if own_TC is None:
+                piece = cross_entropy(logits_nV, targets_T[rows_n], reduction="sum")
+            else:
+                own_nV = model.head(own_TC[rows_n][None])[0].to(wide).log_softmax(dim=-1)
+                piece = kl_div(logits_nV.log_softmax(dim=-1), own_nV, reduction="sum", log_target=True)
             (weight * piece).backward()
         assert hidden_nC.grad is not None
         grad_TC[rows_n] = hidden_nC.grad

@@ -82,7 +82,10 @@ Lesson = Spans | Mass
 def lessons_of(stream: TrainingStream, policy: SegmentedPolicy) -> dict[int, Lesson]:
     """What the stream's marks are known to need, by position: of their candidates, and where there are any."""
     lessons: dict[int, Lesson] = {}
+    chosen = set(choice_points(stream, policy.config))
     for mark, spans in stream.needed.items():
+        if mark not in chosen:
+            continue
         candidates = policy.candidates(mark - mark % policy.config.segment_tokens)
         inside = [(max(a, candidates.start), min(b, candidates.stop)) for a, b in spans]
         if kept := tuple((a, b) for a, b in inside if a < b):
@@ -118,7 +121,7 @@ def lessons_by_attention(model: CausalLM, stream: TrainingStream, policy: Segmen
 def choice_points(stream: TrainingStream, config: SegmentConfig) -> list[int]:
     """Where a stream's prefix is chosen anew, ascending: segments' starts, marks and refresh points."""
     size, length = config.segment_tokens, len(stream.tokens_T)
-    marks = {mark for mark in stream.marks if size <= mark < length}
+    marks = {mark for mark in stream.marks if size <= mark < length and config.chooses_at_marks}
     return sorted(marks | {t for t in range(size, length) if t % size == 0 or is_refresh_point(t % size, config)})
 
 

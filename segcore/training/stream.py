@@ -27,7 +27,8 @@ class TrainingStream:
     name: says which one it is, in errors. tokens_T, labels_T: int64 in host memory; token t is to be predicted if label
     t isn't IGNORED (the first never is), and None means all. marks: ends of turns, as indices of the tokens that come
     next; the prefix is chosen anew before these (design, section 6). needed: of a mark, the spans before it that the
-    answer after it needs, if they are known; what selectors are taught.
+    answer after it needs, if they are known; what selectors are taught. distilled: what is to be learnt of each target
+    is what the model itself would say there (`training.distillation`), and not the token alone.
     """
 
     name: str
@@ -35,6 +36,7 @@ class TrainingStream:
     labels_T: Tensor | None = None
     marks: tuple[int, ...] = ()
     needed: Mapping[int, tuple[Span, ...]] = field(default_factory=dict)
+    distilled: bool = False
     targets_T: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -4,8 +4,8 @@ F makes of segment s and the state C(s-1) before it the next state C(s), and the
 that loss reaches the tokens of segments s, s-1, ..., s-K, through the keys and values that a close carries over; past
 KV, choices and the query window carry none (design, section 8). The values are those of the whole recurrence.
 
-A first run without gradient keeps the state before each segment, packed as for a snapshot, in host memory. A second one
-walks backwards: it builds a segment's graph anew, with the packed keys and values before it as leaves, and pulls back
+A first run without gradient keeps the state before each segment, as one row of numbers, in host memory. A second one
+walks backwards: it builds a segment's graph anew, with the numbers before it as a leaf, and pulls back
 the gradient of the segment's loss together with what later segments left on its outgoing state. The second run repeats
 the choices of the first and searches nothing, so that both see the same prefix.
 
@@ -15,7 +15,7 @@ nothing is ever cut (K is "all", or the stream is short), one sum of them will d
 
 What it costs, in forward passes (a backward pass is two: one for activations, one for weights): 3 for K = 0, which
 needs no first run; 4 for "all"; 4 + K otherwise. A segment that no gradient reaches isn't built: of a long document
-with a short answer, only the last K + 1 segments. Beside the packed states, about as large as a decode slot each, host
+with a short answer, only the last K + 1 segments. Beside these states, about as large as a decode slot each, host
 memory holds past KV. States of policies that aren't bounded grow, and their sum with the square of the stream: give
 these longer segments.
 
@@ -28,14 +28,13 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from segcore.config import GIB, CacheConfig, SegmentConfig
 from segcore.engine.runner import Runner
-from segcore.engine.snapshot import differentiable, pack, unpack
 from segcore.errors import ConfigError, InvalidInput, NonFiniteLoss
 from segcore.model import CausalLM
 from segcore.packed import PackedLinear
@@ -44,14 +43,15 @@ from segcore.policies.segmented import SegmentedPolicy
 from segcore.segments import is_refresh_point, tokens_to_next_cut
 from segcore.state import State
 from segcore.training.activations import checkpointed
+from segcore.training.boundary import Boundary, numbers
+from segcore.training.distillation import own_hidden
 from segcore.training.loss import head_loss_and_grad, head_loss_and_hits
+from segcore.training.passes import Passes
 from segcore.training.past import RecordedPast
 from segcore.training.selectors import Lesson, SelectorLoss, Teacher, lessons_by_attention, lessons_of
 from segcore.training.stream import IGNORED, TrainingStream
 
 Depth = int | Literal["all"]
-# Gradients of a state's packed keys and values, by name.
-Gradients = dict[str, Tensor]
 # Tensors of a graph, each with the gradient that is known of it.
 Pulls = list[tuple[Tensor, Tensor]]
 
@@ -79,13 +79,6 @@ class StreamScore(StreamLoss):
     right: int
 
 
-class _Boundary(NamedTuple):
-    """Before a segment: the state, packed, and how many decisions had been taken."""
-
-    state: dict[str, Tensor]
-    decided: int
-
-
 class SegmentedTrainer:
     """Losses and gradients of streams, one at a time, under a policy.
 
@@ -95,7 +88,8 @@ class SegmentedTrainer:
     checkpoint_layers: keep a layer's input alone, and run it again once per backward pass (K + 1, or one).
     host_bytes: budget for a stream's past KV; more raises StorageFull.
 
-    attention: as the engine's; "auto" measures forward passes alone.
+    attention: as the engine's; "auto" measures forward passes alone. record: play passes over whole segments as CUDA
+    graphs (`training.passes`); None: on a GPU.
 
     The model's query maps, if they ask for gradients, are taught what streams say that marks need; with
     `attention_teaches`, of streams that say nothing, what full attention pays to. selector_weight: of their loss.
@@ -113,6 +107,7 @@ class SegmentedTrainer:
         selector_weight: float = 0.1,
         attention_teaches: bool = False,
         attention: str = "auto",
+        record: bool | None = None,
     ) -> None:
         if k != "all" and (not isinstance(k, int) or k < 0):
             raise ConfigError(f"k={k!r} must be a whole number of at least 0, or 'all'")
@@ -122,6 +117,7 @@ class SegmentedTrainer:
         self._runner, self._checkpoint = Runner(model, config, attention), checkpoint_layers
         self._selector_weight, self._attention_teaches = selector_weight, attention_teaches
         # Nobody may find these blocks: the next step changes the weights that they depend on.
+        self._passes = Passes(self._runner, record)
         cache = CacheConfig(host_bytes=host_bytes, reuse=False)
         self._manager = PastKVManager(cache, device=model.spec.device)
         model.model.eval()
@@ -156,10 +152,14 @@ class SegmentedTrainer:
         lessons, past = self.lessons(stream), RecordedPast(self._manager, self._runner.policy.layout)
         weight = self._selector_weight / max(1, len(lessons) if choices is None else choices)
         teacher = Teacher(self._runner.policy, lessons, weight, stream.name)
+        own_TC = own_hidden(self.model, stream) if stream.distilled else None
         try:
             with checkpointed(self.model.layers) if self._checkpoint else nullcontext():
-                run = _Unrolled(self._runner, stream, past, self.k, self.chunk_tokens, 1 / valid_tokens, teacher)
+                self._passes.forget()
+                chunk, share = self.chunk_tokens, 1 / valid_tokens
+                run = _Unrolled(self._runner, self._passes, stream, past, self.k, chunk, share, teacher, own_TC)
                 total = run.total()
+                self._passes.collect()
         finally:
             past.truncate(0)
         return StreamLoss(total, stream.valid_tokens, teacher.loss)
@@ -171,7 +171,8 @@ class SegmentedTrainer:
         past = RecordedPast(self._manager, self._runner.policy.layout)
         try:
             untaught = Teacher(self._runner.policy, {}, 0.0, stream.name)
-            run = _Unrolled(self._runner, stream, past, 0, self.chunk_tokens, 0.0, untaught)
+            passes = Passes(self._runner, record=False)
+            run = _Unrolled(self._runner, passes, stream, past, 0, self.chunk_tokens, 0.0, untaught)
             total, hits_T = run.scored()
         finally:
             past.truncate(0)
@@ -204,15 +205,18 @@ class _Unrolled:
     def __init__(
         self,
         runner: Runner,
+        passes: Passes,
         stream: TrainingStream,
         past: RecordedPast,
         k: Depth,
         chunk_tokens: int,
         weight: float,
         teacher: Teacher,
+        own_TC: Tensor | None = None,
     ) -> None:
+        self._own_TC = own_TC
         self._runner, self._stream, self._past, self._weight = runner, stream, past, weight
-        self._teacher = teacher
+        self._passes, self._teacher = passes, teacher
         self._chunk_tokens, self._size = chunk_tokens, runner.config.segment_tokens
         self._device = runner.model.spec.device
         targets = (stream.targets_T != IGNORED).nonzero()
@@ -240,53 +244,60 @@ class _Unrolled:
         """K = 0: a segment's graph begins with the segment, so one run will do."""
         total, state = 0.0, self._runner.begin()
         for first in self._firsts:
-            with torch.set_grad_enabled(self._has_targets(first)):
-                hidden_TC = self._segment(state)
-            loss, pulls = self._loss(first, hidden_TC)
-            _backward(pulls)
-            state, total = unpack(pack(state, self._device), self._runner.policy), total + loss
+            total += self._forward(first, state)
+            if state.filled == 0:
+                closed = Boundary.of(state, self._past.decided)
+                state = closed.state(closed.numbers_n)
         return total
+
+    def _forward(self, first: int, state: State) -> float:
+        """A segment's loss, and its gradients. Its graph ends here: a recording mustn't meet another one's nodes."""
+        with torch.set_grad_enabled(self._has_targets(first)):
+            hidden_TC = self._segment(state)
+        loss, pulls = self._loss(first, hidden_TC)
+        _backward(pulls)
+        return loss
 
     def _backwards(self) -> float:
         total, boundaries = 0.0, self._boundaries()
-        ages: list[Gradients] = []
+        ages: list[Tensor | None] = []
         for first in reversed(self._firsts):
             before = boundaries.pop()
-            if self._has_targets(first) or any(ages):
+            if self._has_targets(first) or any(age is not None for age in ages):
                 loss, ages = self._pull_back(first, before, ages)
                 total += loss
         return total
 
-    def _boundaries(self) -> list[_Boundary]:
+    def _boundaries(self) -> list[Boundary]:
         """The first run: what is before each segment."""
         state = self._runner.begin()
-        boundaries = [_Boundary(pack(state), self._past.decided)]
+        boundaries = [Boundary.of(state, self._past.decided).on_host()]
         for _ in self._firsts[1:]:
             self._segment(state)
-            boundaries.append(_Boundary(pack(state), self._past.decided))
+            boundaries.append(Boundary.of(state, self._past.decided).on_host())
         return boundaries
 
-    def _pull_back(self, first: int, before: _Boundary, ages: Sequence[Gradients]) -> tuple[float, list[Gradients]]:
+    def _pull_back(
+        self, first: int, before: Boundary, ages: Sequence[Tensor | None]
+    ) -> tuple[float, list[Tensor | None]]:
         """Build a segment's graph and take its backward passes.
 
-        ages: gradients of the state after it, the youngest, of age 1, first. Returns the segment's loss and the ages
-        of the state before it.
+        ages: gradients of the numbers of the state after it, the youngest, of age 1, first. Returns the segment's loss
+        and the ages of the state before it.
         """
         # Of all states this one and the next are on the device, and gradients never leave it.
-        tensors = dict(before.state)
-        leaves = {name: tensors[name].to(self._device).requires_grad_() for name in differentiable(tensors)}
+        leaf_n = before.numbers_n.to(self._device, non_blocking=True).requires_grad_()
         self._past.rewind(before.decided)
         with torch.enable_grad():
-            state = unpack(tensors | leaves, self._runner.policy)
+            state = before.state(leaf_n)
             hidden_TC = self._segment(state)
-            after = pack(state, self._device)
+            after_n = numbers(state) if ages else None
         loss, pulls = self._loss(first, hidden_TC)
-        by_age = [pulls, *([(after[name], gradient) for name, gradient in age.items()] for age in ages)]
-        older = [] if self._k is None else [_pulled(pulls, leaves) for pulls in by_age[: self._k]]
+        by_age = [pulls, *([] if age is None or after_n is None else [(after_n, age)] for age in ages)]
+        with self._passes.inputs_alone():
+            older = [] if self._k is None else [_pulled(pulls, leaf_n) for pulls in by_age[: self._k]]
         _backward([pull for pulls in by_age for pull in pulls])
-        if self._k is None:
-            older = [{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}]
-        return loss, older
+        return loss, [leaf_n.grad] if self._k is None else older
 
     def _segment(self, state: State) -> Tensor:
         """F from a segment's first token to its last or the stream's; hidden states, [T, C]."""
@@ -298,7 +309,7 @@ class _Unrolled:
                 self._teacher.see(state, self._past)
             end = min((mark for mark in stream.marks if at < mark < stop), default=stop)
             count = min(tokens_to_next_cut(state.filled, self._runner.config, self._chunk_tokens), end - at)
-            hidden.append(self._runner.hidden(stream.tokens_T[None, at : at + count], [state], [self._past])[0])
+            hidden.append(self._passes.hidden(stream.tokens_T[at : at + count], state, self._past))
             self._runner.arrive(state, self._past, count, None)
             if state.filled == 0 or is_refresh_point(state.filled, self._runner.config):  # it has chosen
                 self._teacher.see(state, self._past)
@@ -311,8 +322,11 @@ class _Unrolled:
         """A segment's summed loss, and the gradient that it puts on the hidden states."""
         if not self._has_targets(first):
             return 0.0, []
-        targets_T = self._stream.targets_T[first : first + len(hidden_TC)]
-        loss, gradient_TC = head_loss_and_grad(self._runner.model, hidden_TC, targets_T, self._weight)
+        here = slice(first, first + len(hidden_TC))
+        own_TC = None if self._own_TC is None else self._own_TC[here]
+        loss, gradient_TC = head_loss_and_grad(
+            self._runner.model, hidden_TC, self._stream.targets_T[here], self._weight, own_TC=own_TC
+        )
         return self._finite(first, loss), [(hidden_TC, gradient_TC)]
 
     def _finite(self, first: int, loss: float) -> float:
@@ -332,11 +346,10 @@ def _backward(pulls: Pulls) -> None:
         torch.autograd.backward(tensors, gradients)
 
 
-def _pulled(pulls: Pulls, leaves: dict[str, Tensor]) -> Gradients:
-    """Gradients of the leaves alone; the graph stays."""
-    pulls = [pull for pull in pulls if pull[0].requires_grad]
-    if not (pulls and leaves):
-        return {}
+def _pulled(pulls: Pulls, leaf_n: Tensor) -> Tensor | None:
+    """The leaf's gradient alone, if it has one; the graph stays."""
+    if not (pulls := [pull for pull in pulls if pull[0].requires_grad]):
+        return None
     tensors, gradients = zip(*pulls, strict=True)
-    found = torch.autograd.grad(tensors, list(leaves.values()), gradients, retain_graph=True, allow_unused=True)
-    return {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+    (found,) = torch.autograd.grad(tensors, [leaf_n], gradients, retain_graph=True, allow_unused=True)
+    return cast(Tensor | None, found)

@@ -98,6 +98,12 @@ def test_the_loss_and_its_gradient_are_those_of_the_scores_that_choose(lm, k, in
     assert ours.abs().max() > 1e-3
 
 
+def test_what_chooses_at_no_marks_learns_at_segments_starts(lm):
+    deaf = SegmentedTrainer(lm, tiny_segment(turn_marks=False))
+    assert list(deaf.lessons(STREAM_WITH_LABELS)) == [64]
+    assert deaf.loss_and_grad(STREAM_WITH_LABELS, 100).selectors.choices == 1
+
+
 def test_no_gradient_of_it_reaches_the_model(lm):
     add_lora(lm)
     found = []

@@ -1,0 +1,68 @@
+"""Recorded passes of a trainer: the same gradients as unrecorded ones, in fp64, for every policy. Graphs: tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+
+from segcore.training import passes
+from segcore.training.stream import TrainingStream
+from segcore.training.tbptt import SegmentedTrainer
+from tests.segcore.test_invariants import MATRIX, STREAM
+from tests.segcore.unrolled import assert_same_gradients, gradients_of, trained_model
+
+# Four segments of 16, of which one has a mark inside, and a rest.
+TEXT = TrainingStream("text", STREAM[:74], marks=(21, 48))
+# Their passes never run over a whole segment, or keep queries from before it.
+NEVER = ("segmented-refreshing", "ltri-small-windows")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return trained_model()
+
+
+def gradients(lm, trainer, *, stream=TEXT, times=1):
+    losses = [trainer.loss_and_grad(stream, 1000).total for _ in range(times)]
+    return losses, gradients_of(lm)
+
+
+@pytest.mark.parametrize(("policy", "k"), [*((policy, 1) for policy in MATRIX), ("segmented", 0), ("segmented", "all")])
+def test_recorded_passes_give_the_same_gradients(lm, monkeypatch, policy, k):
+    monkeypatch.setattr(passes, "_RECORDED_AT", 1)
+    expected_losses, expected = gradients(lm, SegmentedTrainer(lm, MATRIX[policy], k=k, chunk_tokens=16, record=False))
+    trainer = SegmentedTrainer(lm, MATRIX[policy], k=k, chunk_tokens=16, checkpoint_layers=k == 1, record=True)
+    losses, ours = gradients(lm, trainer)
+    assert bool(trainer._passes._recorded) == (policy not in NEVER)
+    assert losses == pytest.approx(expected_losses, rel=1e-12)
+    assert_same_gradients(ours, expected)
+
+
+def test_a_kind_that_comes_again_and_again_is_recorded_once(lm, monkeypatch):
+    recordings = []
+    record = passes._Recorded
+    monkeypatch.setattr(passes, "_Recorded", lambda *given: recordings.append(given) or record(*given))
+    trainer = SegmentedTrainer(lm, MATRIX["segmented"], k=0, chunk_tokens=16, record=True)
+    longer = TrainingStream("longer", STREAM[:120])
+    plain = SegmentedTrainer(lm, MATRIX["segmented"], k=0, chunk_tokens=16, record=False)
+    expected_losses, expected = gradients(lm, plain, stream=longer, times=3)
+    losses, ours = gradients(lm, trainer, stream=longer, times=3)
+    assert len(recordings) == 1
+    assert losses == pytest.approx(expected_losses, rel=1e-12)
+    assert_same_gradients(ours, expected)
+
+
+def test_what_never_comes_again_is_not_recorded(lm):
+    trainer = SegmentedTrainer(lm, MATRIX["full"], k=1, chunk_tokens=16, record=True)
+    gradients(lm, trainer, times=2)
+    assert not trainer._passes._recorded
+
+
+def test_no_gradient_of_a_broken_step_is_left(lm, monkeypatch):
+    monkeypatch.setattr(passes, "_RECORDED_AT", 1)
+    expected = gradients(lm, SegmentedTrainer(lm, MATRIX["segmented"], k=0, chunk_tokens=16, record=False))[1]
+    trainer = SegmentedTrainer(lm, MATRIX["segmented"], k=0, chunk_tokens=16, record=True)
+    trainer.loss_and_grad(TEXT, 1000)
+    (recorded,) = trainer._passes._recorded.values()
+    recorded._sums[0].fill_(1)  # as if the step had broken off before they were collected
+    gradients_of(lm)
+    assert_same_gradients(gradients(lm, trainer)[1], expected)
