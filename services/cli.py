@@ -156,6 +156,7 @@ def _add_study(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     study.add_argument("--jobs", type=_positive, default=1, metavar="N", help="arms at a time; default: 1")
     study.add_argument("--minutes", type=float, default=1e6, help="then stop; the same command goes on")
     study.add_argument("--no-ray", action="store_true", help="train and judge without Ray")
+    study.add_argument("--storage", type=Path, metavar="DIR", help="in place of the file's")
     study.set_defaults(run=_study)
 
 
@@ -261,7 +262,7 @@ def _study(options: argparse.Namespace) -> int:
     from services.study import Study, Work
 
     until = time.monotonic() + 60 * options.minutes
-    study = Study.read(options.file)
+    study = Study.read(options.file, options.storage)
     if unknown := set(options.arms or ()) - set(study.arms):
         raise ConfigError(f"{options.file} has no arm {', '.join(sorted(unknown))}; it has {', '.join(study.arms)}")
     names = [name for name in study.arms if not options.arms or name in options.arms]

@@ -14,19 +14,24 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segcore.errors import ConfigError
 from services.config_file import describe, read_config
 from services.evaluation.config import EvalConfig
+from services.evaluation.run import SETTINGS
 from services.evaluation.summary import Interval, Summary
 from services.training.config import TrainConfig
 from services.training.folders import Progress, latest
 from services.training.metrics import LINES, read_lines
 
+# What is stopped may end by itself for so long.
+GRACE_S = 5
 # From this share of the needed tokens on, a turn's facts count as found.
 FOUND = 0.99
 
@@ -37,9 +42,10 @@ class ArmSection(BaseModel):
     """An arm, by what sets it apart.
 
     train: fields of a training run that differ from the study's; null: nothing is trained. of: an earlier arm, whose
-    adapter is judged, under this arm's segment. segment: it is judged under, if not under what it was trained with.
-    rope: parameters of RoPE that take the place of the model's, and `positions` of what it has. tasks: by name, those
-    it is judged by; empty: all.
+    adapter is judged under this arm's segment, or, with `train`, is what training begins with. segment: it is judged
+    under, if not under what it was trained with. rope: parameters of RoPE that take the place of the model's, and
+    `positions` of what it has. evaluate: fields of an evaluation that differ from the study's. tasks: by name, those it
+    is judged by; empty: all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +54,7 @@ class ArmSection(BaseModel):
     of: str | None = None
     segment: dict[str, Any] = {}
     rope: dict[str, Any] = {}
+    evaluate: dict[str, Any] = {}
     tasks: tuple[str, ...] = ()
 
 
@@ -65,10 +72,10 @@ class Study(BaseModel):
     @model_validator(mode="after")
     def _ordered(self) -> Study:
         known: set[str] = set()
-        tasks = {task.get("label", task.get("task")) for task in self.evaluate.get("tasks", ())}
         for name, arm in self.arms.items():
-            if arm.of is not None and (arm.train is not None or arm.of not in known):
-                raise ValueError(f"arms.{name}.of: {arm.of!r} must be an earlier arm that is trained, and this one not")
+            tasks = {_name(task) for task in merged(self.evaluate, arm.evaluate).get("tasks", ())}
+            if arm.of is not None and arm.of not in known:
+                raise ValueError(f"arms.{name}.of: {arm.of!r} must be an earlier arm that is trained")
             if unknown := set(arm.tasks) - tasks:
                 raise ValueError(f"arms.{name}.tasks: there is no {', '.join(sorted(unknown))}")
             if arm.train is not None:
@@ -76,10 +83,11 @@ class Study(BaseModel):
         return self
 
     @classmethod
-    def read(cls, path: Path) -> Study:
-        """Read a YAML file, and check every run that it makes. Raises ConfigError."""
+    def read(cls, path: Path, storage: Path | None = None) -> Study:
+        """Read a YAML file, and check every run that it makes. storage: in place of the file's. Raises ConfigError."""
         study = read_config(path, cls)
-        study = study.model_copy(update={"storage": path.resolve().parent / study.storage})
+        where = path.resolve().parent / study.storage if storage is None else storage.resolve()
+        study = study.model_copy(update={"storage": where})
         for name in study.arms:
             study.training(name)
         return study
@@ -90,26 +98,33 @@ class Study(BaseModel):
 
     def training(self, name: str) -> TrainConfig | None:
         """An arm's run, if it is trained. Raises ConfigError."""
-        changes = self.arms[name].train
-        if changes is None:
+        arm = self.arms[name]
+        if arm.train is None:
             return None
-        own = {"name": name, "storage": str(self.folder)} | self._model(name)
-        return _valid(TrainConfig, merged(merged(self.train, changes), own), name)
+        begun = {} if arm.of is None else {"adapter": str(self.folder / arm.of / "export")}
+        own = {"name": name, "storage": str(self.folder)} | begun | self._model(name)
+        return _valid(TrainConfig, merged(merged(self.train, arm.train), own), name)
 
     def evaluation(self, name: str) -> EvalConfig:
         """An arm's evaluation, once its adapter is there. Raises ConfigError."""
         arm, judged = self.arms[name], {"name": name} | self._model(name)
-        if arm.train is not None or arm.of is not None:
-            judged["adapter"] = str(self.folder / (arm.of or name) / "export")
-        tasks = [t for t in self.evaluate["tasks"] if not arm.tasks or t.get("label", t["task"]) in arm.tasks]
+        learnt = name if arm.train is not None else arm.of
+        if learnt is not None:
+            judged["adapter"] = str(self.folder / learnt / "export")
+        shared = {"model": self.train["model"]} | merged(self.evaluate, arm.evaluate)
+        tasks = [task for task in shared["tasks"] if not arm.tasks or _name(task) in arm.tasks]
         own = {"name": name, "storage": str(self.folder / "evaluations"), "tasks": tasks}
         own["arms"] = [judged | {"segment": arm.segment}]
-        return _valid(EvalConfig, {"model": self.train["model"]} | self.evaluate | own, name)
+        return _valid(EvalConfig, shared | own, name)
 
     def _model(self, name: str) -> dict[str, str]:
         arm = self.arms[name]
         rope = arm.rope or (self.arms[arm.of].rope if arm.of else {})
         return {"model": str(scaled(self.train["model"], rope, self.folder / "models"))} if rope else {}
+
+
+def _name(task: dict[str, Any]) -> Any:
+    return task.get("label", task.get("task"))
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +177,8 @@ class Work:
         of = self._study.arms[name].of
         if of is not None and not trained(self._study, of):
             self._trained[of].wait(max(0.0, self._until - time.monotonic()))
-        done = self._train(name) and self._judge(name)
+        begins = of is None or trained(self._study, of)
+        done = begins and self._train(name) and self._judge(name)
         with self._writing:
             tell(self._study)
         return done
@@ -180,9 +196,6 @@ class Work:
         return done
 
     def _judge(self, name: str) -> bool:
-        of = self._study.arms[name].of
-        if of is not None and not trained(self._study, of):
-            return False
         file = _written(self._study.folder / f"{name}.eval.json", self._study.evaluation(name).to_json())
         return self._run(name, "services.cli", "eval", str(file), *([] if self._ray else ["--no-ray"]))
 
@@ -195,9 +208,21 @@ class Work:
             try:
                 return process.wait(left) == 0
             except subprocess.TimeoutExpired:
-                process.terminate()
-                process.wait()
+                end(process)
                 return False
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process with all that it has started: workers that outlive it would hold the device."""
+    own = psutil.Process(process.pid)
+    family = [own, *own.children(recursive=True)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
+    for member in psutil.wait_procs(family, GRACE_S)[1]:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
 
 
 def trained(study: Study, name: str) -> bool:
@@ -220,15 +245,18 @@ def figures(study: Study, name: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if (config := study.training(name)) is not None and (lines := read_lines(config.folder / LINES)):
         made["training"] = lines[-1]
-    for folder in sorted((study.folder / "evaluations").glob(f"{name}-*")):
-        summary = Summary.read(folder)
+    # The run that was worked on last counts: others were of other settings.
+    settings = (study.folder / "evaluations").glob(f"{name}-*/{SETTINGS}")
+    for file in sorted(settings, key=lambda file: file.stat().st_mtime):
+        summary = Summary.read(file.parent)
         if summary.arms == [name]:
             made["cells"] = [_cell(summary, task, n) for task in summary.tasks for n in summary.lengths(task)]
     return made
 
 
 def _cell(summary: Summary, task: str, length: int) -> dict[str, Any]:
-    """A task's score at a length; of turns, what was found, and the score of those whose facts were."""
+    """A task's score at a length; of turns, what was found, and the score of those whose facts were; of texts, the
+    mean loss by position."""
     score = summary.score(task=task, length=length)
     cell: dict[str, Any] = {"task": task, "length": length, "score": score and score._asdict()}
     turns = [turn for result in summary.of(task=task, length=length) for turn in result.get("turns", ())]
@@ -237,9 +265,17 @@ def _cell(summary: Summary, task: str, length: int) -> dict[str, Any]:
         cell["recall"] = sum(turn["recall"] for turn in known) / len(known)
         cell["found"] = len(used) / len(known)
         cell["score_if_found"] = Interval.of(used)._asdict() if used else None
+    if by_position := [result["nats"] for result in summary.of(task=task, length=length) if "nats" in result]:
+        cell["nats"] = {first: _mean_loss(by_position, first) for first in max(by_position, key=len)}
     if failures := summary.failures(task=task, length=length):
         cell["failures"] = failures
     return cell
+
+
+def _mean_loss(by_position: list[dict[str, list[float]]], first: str) -> float:
+    """Of the positions that begin with `first`, over texts."""
+    sums, counts = zip(*(nats[first] for nats in by_position if first in nats), strict=True)
+    return float(sum(sums) / sum(counts))
 
 
 def table(told: dict[str, dict[str, Any]]) -> str:

@@ -59,9 +59,8 @@ class Haystack:
 
     @classmethod
     def named(cls, name: str) -> Haystack:
-        """By name: "python", the built-in one; "essays", those that RULER's package ships; else a file or folder.
-
-        Raises ConfigError.
+        """By name: "python", the built-in one; of what RULER's package ships "essays", or "hotpotqa", the paragraphs of
+        its questions, which are long enough for a million tokens; else a file or folder. Raises ConfigError.
         """
         return _named(name)
 
@@ -88,9 +87,11 @@ class Haystack:
 def _named(name: str) -> Haystack:
     if name == "python":
         return Haystack.built_in()
-    if name != "essays":
-        return Haystack.read(Path(name))
-    return Haystack("Paul Graham's essays", _text(ruler_data("PaulGrahamEssays.json")))
+    if name == "essays":
+        return Haystack("Paul Graham's essays", _text(ruler_data("PaulGrahamEssays.json")))
+    if name == "hotpotqa":
+        return Haystack("HotpotQA's paragraphs", _paragraphs(ruler_data("hotpotqa.json")))
+    return Haystack.read(Path(name))
 
 
 def ruler_data(file: str) -> Path:
@@ -111,6 +112,14 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path} isn't a readable UTF-8 text: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f'{path} isn\'t a JSON object with a "text"') from error
+
+
+def _paragraphs(path: Path) -> list[str]:
+    """The sentences of all paragraphs, of each title once."""
+    questions = json.loads(path.read_text(encoding="utf-8"))
+    paragraphs = {title: sentences for question in questions for title, sentences in question["context"]}
+    stripped = (sentence.strip() for sentences in paragraphs.values() for sentence in sentences)
+    return [sentence for sentence in stripped if sentence]
 
 
 def _sentences(text: str) -> list[str]:

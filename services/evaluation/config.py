@@ -143,10 +143,10 @@ class EvalConfig(Section):
     """An evaluation.
 
     model: of arms that name none. tokenizer: a model whose tokens lengths are counted in, for all arms alike; None:
-    `model`. haystack: "python", "essays", or a text file or folder; haystack_part: the part of it that training leaves
-    alone, or all of it. baseline: the arm that others are compared with; None: the first. truncate: documents too long
-    for an engine are cut in their middle, those that an endpoint cuts by itself are let pass, and both are counted;
-    else they are errors. past_bytes: of host memory for past KV.
+    `model`. haystack: "python", "essays", "hotpotqa", or a text file or folder; haystack_part: the part of it that
+    training leaves alone, or all of it. baseline: the arm that others are compared with; None: the first. truncate:
+    documents too long for an engine are cut in their middle, those that an endpoint cuts by itself are let pass, and
+    both are counted; else they are errors. past_bytes: of host memory for past KV.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

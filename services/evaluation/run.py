@@ -7,7 +7,7 @@ was, for its folder bears the name of its settings.
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +23,9 @@ from services.evaluation.tasks.base import Case, Suite
 from services.evaluation.tasks.registry import open_suites
 from services.evaluation.version import code_digest
 from services.local_ray import prepare_ray, start_ray
+
+# A task, and where it stands in a report.
+Cell = tuple[str, int, float | None]
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
 OnResult = Callable[[int, int, str], None]
@@ -44,8 +47,16 @@ class Plan:
 
     @property
     def keys(self) -> list[Key]:
-        """Arm by arm, so that a worker changes its arm seldom."""
-        return [(arm.name, case) for arm in self.config.arms for case in self.cases]
+        """Arm by arm, so that a worker changes its arm seldom; and all cells of an arm come to their end together, so
+        that a run which is stopped has as large a part of each."""
+        seen: Counter[Cell] = Counter()
+        of_cell = Counter(map(_cell, self.cases.values()))
+        share: dict[str, float] = {}
+        for name, case in self.cases.items():
+            share[name] = seen[_cell(case)] / of_cell[_cell(case)]
+            seen[_cell(case)] += 1
+        cases = sorted(self.cases, key=share.__getitem__)
+        return [(arm.name, case) for arm in self.config.arms for case in cases]
 
     def document(self, key: Key) -> tuple[str, str]:
         """Alike for an arm's cases that are about the same document."""
@@ -107,6 +118,10 @@ def check_settings(plan: Plan) -> None:
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1))
+
+
+def _cell(case: Case) -> Cell:
+    return case.task, case.length, case.depth
 
 
 class Pool(Protocol):

@@ -41,15 +41,13 @@ def save_training(folder: Path, tensors: dict[str, Tensor], progress: Progress) 
     (folder / STATE).write_text(json.dumps(dataclasses.asdict(progress), indent=1) + "\n")
 
 
-def optimizer_tensors(named: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Tensor]:
-    """Masters that differ from their parameters, and the optimizer's state, by the parameters' names, in host memory.
-
-    With shards, every worker calls this.
-    """
+def optimizer_tensors(named: Mapping[str, nn.Parameter], optimizer: Optimizer, saved: torch.dtype) -> dict[str, Tensor]:
+    """Masters wider than what is `saved` beside them, and the optimizer's state, by the parameters' names, in host
+    memory. With shards, every worker calls this."""
     tensors: dict[str, Tensor] = {}
-    for (name, parameter), master in zip(named.items(), optimizer.masters, strict=True):
+    for name, master in zip(named, optimizer.masters, strict=True):
         state = dict(optimizer.optimizer.state.get(master, {}))
-        if master.dtype != parameter.dtype:
+        if master.dtype != saved:
             state["master"] = master
         tensors |= {f"{name}/{key}": whole(value).cpu().clone() for key, value in sorted(state.items())}
     return tensors
@@ -61,7 +59,9 @@ def restore_optimizer(folder: Path, named: Mapping[str, nn.Parameter], optimizer
     tensors = load_file(folder / TENSORS)
     for (name, parameter), master in zip(named.items(), optimizer.masters, strict=True):
         saved = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
-        master.copy_(like(saved.pop("master", parameter.detach()), master))
+        before = saved.pop("master", parameter.detach())
+        master.copy_(like(before, master))
+        parameter.copy_(before)
         # A count of steps is one number, wherever the parameter lies.
         optimizer.optimizer.state[master] = {
             key: like(value, master) if value.shape == master.shape else value for key, value in saved.items()

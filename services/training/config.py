@@ -17,7 +17,7 @@ from services.config_file import read_config
 from services.training.data_config import DataConfig, Section, Where
 
 # What doesn't change the curve, and may differ when a run is resumed; the data have a hash of their own.
-FREE = ("name", "data", "workers", "checkpoints", "evaluation", "metrics", "storage", "device_bytes")
+FREE = ("name", "data", "workers", "checkpoints", "evaluation", "metrics", "storage", "device_bytes", "graphs")
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -155,9 +155,11 @@ class TrainConfig(Section):
     """A run.
 
     name: its folder in `storage`, which every node must see. k: how many segments back gradients reach, or "all".
-    chunk_tokens, checkpoint_layers: as `SegmentedTrainer` has them. past_bytes: budget of a stream's past KV.
-    device_bytes: what a worker may take on its device; null: what is free there. lora: an adapter is trained;
-    null: all weights are, unless `freeze` leaves the selectors alone to learn. gates: are trained, and nothing else.
+    chunk_tokens, checkpoint_layers: as `SegmentedTrainer` has them. graphs: on a GPU, passes are played as graphs.
+    past_bytes: budget of a stream's past KV. balance: in a step's loss targets count alike, or streams do, whether they
+    have few targets or many. device_bytes: what a worker may take on its device; null: what is free there. lora: an
+    adapter is trained; null: all weights are, unless `freeze` leaves the selectors alone to learn. adapter: a directory
+    that training begins with; with `freeze` it stays as it is, and selectors learn. gates: are trained, alone.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -167,6 +169,7 @@ class TrainConfig(Section):
     k: Annotated[int, Field(ge=0)] | Literal["all"] = 1
     chunk_tokens: int = Field(default=1024, ge=1)
     checkpoint_layers: bool = True
+    graphs: bool = True
     past_bytes: int = Field(default=8 * GIB, ge=0)
     device_bytes: int | None = Field(default=None, ge=1)
     seed: int = 0
@@ -175,7 +178,9 @@ class TrainConfig(Section):
     lora: LoraSection | None = None
     selectors: SelectorsSection | None = None
     freeze: bool = False
+    adapter: Where | None = None
     gates: GatesSection | None = None
+    balance: Literal["targets", "streams"] = "targets"
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     workers: WorkersSection = WorkersSection()
@@ -212,11 +217,25 @@ class TrainConfig(Section):
             raise ValueError("nothing would be trained; add selectors, or lora")
         return freeze
 
+    @field_validator("adapter")
+    @classmethod
+    def _adapter_has_a_use(cls, adapter: Path | None, info: ValidationInfo) -> Path | None:
+        if adapter is not None and not (info.data.get("lora") or info.data.get("freeze")):
+            raise ValueError("it is trained further with lora, or kept with freeze: set one of them")
+        return adapter
+
+    @model_validator(mode="after")
+    def _keeps_the_model(self) -> TrainConfig:
+        sources = [*self.data.sources, *(self.evaluation.data.sources if self.evaluation else ())]
+        if self.whole and any(source.loss == "own" for source in sources):
+            raise ValueError('data: loss "own" is of an adapter, without which the model stays as it is: add lora')
+        return self
+
     @field_validator("gates")
     @classmethod
     def _gates_alone(cls, gates: GatesSection | None, info: ValidationInfo) -> GatesSection | None:
-        if gates is not None and any(info.data.get(other) for other in ("lora", "selectors", "freeze")):
-            raise ValueError("they are trained alone: without lora, selectors or freeze")
+        if gates is not None and any(info.data.get(other) for other in ("lora", "selectors", "freeze", "adapter")):
+            raise ValueError("they are trained alone: without lora, selectors, freeze or adapter")
         of = info.data["segment"].config(info.data["model"]) if {"model", "segment"} <= info.data.keys() else None
         if gates is not None and of is not None and not isinstance(of, DuoConfig):
             raise ValueError("they are of policy duo: set segment: {policy: duo}")

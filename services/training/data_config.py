@@ -53,20 +53,21 @@ class SourceConfig(Section):
 
     files: text (a file is a document), JSON lines, Parquet, folders of these, and data sets that `datasets` saved.
     weight: how many of the streams come from here, relative to the other sources. loss: "all" tokens, "answers"
-    alone, or, of tasks, what answers must hold, their "values"; None: all of documents, answers of the rest.
+    alone; or, of tasks, what answers must hold, their "values", or all but answers by what the model would say itself,
+    its "own"; None: all of documents, answers of the rest.
 
     Of files: text: the field that is a document. messages: the field that is a conversation. prompt: fields of the
     user's turn, and answer, the field of the answer to it. The first of these that is set says what records are; none:
     documents in "text". most_chars: longer documents are cut into several streams; longer conversations are left out.
 
-    Of tasks: lengths: tokens of a stream, of which each item draws one. haystack: "python", "essays", or a text file or
-    folder, of which the part for training is used. split: of its names, values and texts.
+    Of tasks: lengths: tokens of a stream, of which each item draws one. haystack: "python", "essays", "hotpotqa", or a
+    text file or folder, of which the part for training is used. split: of its names, values and texts.
     """
 
     files: tuple[Where, ...] = ()
     tasks: tuple[TaskConfig, ...] = ()
     weight: float = Field(default=1.0, gt=0)
-    loss: Literal["all", "answers", "values"] | None = None
+    loss: Literal["all", "answers", "values", "own"] | None = None
     text: str | None = None
     messages: str | None = None
     prompt: tuple[str, ...] = ()
@@ -89,8 +90,8 @@ class SourceConfig(Section):
         )
         if wrong := only & self.model_fields_set:
             raise ValueError(f"{', '.join(sorted(wrong))}: not of {'tasks' if self.tasks else 'files'}")
-        if self.loss == "values" and not self.tasks:
-            raise ValueError('loss: "values" is of tasks, whose answers are known to the word')
+        if self.loss in ("values", "own") and not self.tasks:
+            raise ValueError(f'loss: "{self.loss}" is of tasks, whose answers are known to the word')
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError("lengths must be at least 1")
         return self

@@ -141,8 +141,11 @@ def _load(config: TrainConfig, device: torch.device, start: Path | None) -> Load
     lm, segment = model.lm, config.segment_config()
     if not config.whole:
         lm.model.requires_grad_(False)
-    if start is not None and not config.whole:
-        load_adapter(lm, start, name=config.model)
+    begun = config.adapter if start is None else start
+    if begun is not None and not config.whole:
+        load_adapter(lm, begun, name=config.model)
+        if config.lora is None:
+            lm.model.requires_grad_(False)
     elif config.lora is not None:
         seed_everything(config.seed, -1, 0)
         add_lora(lm, LoraSettings(**config.lora.model_dump()))
@@ -165,4 +168,5 @@ def _trainer(config: TrainConfig, model: LoadedModel, segment: SegmentConfig) ->
         host_bytes=config.past_bytes,
         selector_weight=selectors.weight,
         attention_teaches=selectors.attention_teaches,
+        record=None if config.graphs else False,
     )

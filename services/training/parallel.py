@@ -6,7 +6,7 @@ meeting within one, as wrappers of modules do, would have all workers wait for t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 from segcore.training.optimizer import MasterOptimizer
+
+# Numbers that are added up at once, in memory of their own.
+BUNDLE = 2**24
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -44,13 +47,29 @@ class Workers:
         return values
 
     def add_up(self, gradients: Sequence[Tensor]) -> None:
-        """Replace each by the sum over the workers."""
-        if self._joined:
-            for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-                work.wait()
+        """Replace each by the sum over the workers. They travel together: an adapter has hundreds of small ones."""
+        for together in _bundles(gradients) if self._joined else ():
+            flat_N = torch.cat([gradient.flatten() for gradient in together])
+            dist.all_reduce(flat_N)
+            parts = flat_N.split([gradient.numel() for gradient in together])
+            for gradient, part in zip(together, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def mesh(self, device: torch.device) -> DeviceMesh:
         return init_device_mesh(device.type, (self.world,))
+
+
+def _bundles(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one kind, `BUNDLE` numbers together, or one that is larger alone."""
+    bundle: list[Tensor] = []
+    for tensor in tensors:
+        alike = bundle and (bundle[0].dtype, bundle[0].device) == (tensor.dtype, tensor.device)
+        if bundle and not (alike and sum(t.numel() for t in bundle) + tensor.numel() <= BUNDLE):
+            yield bundle
+            bundle = []
+        bundle.append(tensor)
+    if bundle:
+        yield bundle
 
 
 class Optimizer(Protocol):

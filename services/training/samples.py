@@ -155,14 +155,21 @@ class StreamMaker:
         return _stream(name, laid, answers_only)
 
     def item(self, name: str, item: Item, loss: str) -> TrainingStream:
-        """A task's item, with what selectors are taught. loss: of "all", "answers", or their "values" alone."""
+        """A task's item, with what selectors are taught. loss: of "all", "answers", or their "values" alone; of all but
+        the answers by what the model itself would say, "own"."""
         laid = self._conversation(None)
         needed = lay_out(item, laid)
         taught = {mark: spans for mark, spans in zip(laid.marks, needed, strict=True) if spans}
         if loss == "values":
             answers = zip(laid.answers, item.turns, strict=True)
             laid.answers = [run for where, turn in answers for run in self._values(laid.tokens, where, turn)]
-        return _stream(name, laid, loss != "all", taught)
+        if loss != "own":
+            return _stream(name, laid, loss != "all", taught)
+        tokens_T = torch.tensor(laid.tokens)
+        labels_T = tokens_T.clone()
+        for answer in laid.answers:
+            labels_T[answer.start : answer.stop] = IGNORED
+        return TrainingStream(name, tokens_T, labels_T, tuple(laid.marks), taught, distilled=True)
 
     def _values(self, tokens: list[int], answer: range, turn: Turn) -> list[range]:
         """The tokens of an answer that have characters of what it must hold."""

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -176,6 +177,7 @@ def main() -> int:
             tell(done=True, **fit_alone(config))
         else:
             _connect(config, local=options.local)
+            _stop_in_order()
             tell(done=True, **fit(config))
     except SegcoreError as error:
         tell(error=error.message)
@@ -196,6 +198,12 @@ def _connect(config: TrainConfig, *, local: bool) -> None:
         ray.init(logging_level="WARNING")
         return
     start_ray(config.workers.most * config.workers.cpus, log_to_driver=True)
+
+
+def _stop_in_order() -> None:
+    """Take the SIGTERM of a job that is stopped for an interrupt, the one signal by which Ray Train gives back what an
+    elastic run has reserved: otherwise nobody else gets that for three minutes, the run that is resumed neither."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 if __name__ == "__main__":

@@ -79,28 +79,33 @@ class Run:
         return self.progress()
 
     def take_step(self, batch: Sequence[TrainingStream]) -> None:
-        """Move the weights by the mean loss of the targets of all workers' streams."""
+        """Move the weights by the mean loss of the targets of all workers' streams, or of the streams."""
         began = time.monotonic()
         seed_everything(self.config.seed, self.step, self.workers.rank)
         mine = sum(stream.valid_tokens for stream in batch)
         taught = sum(self.learner.choices(stream) for stream in batch)
-        valid, choices, seen = self.workers.sum(mine, taught, sum(len(stream.tokens_T) for stream in batch))
+        valid, choices, seen, streams = self.workers.sum(
+            mine, taught, sum(len(stream.tokens_T) for stream in batch), len(batch)
+        )
+        by_streams = self.config.balance == "streams"
+        # What each stream's sum is divided by.
+        shares = [max(1, round(streams * s.valid_tokens if by_streams else valid)) for s in batch]
         for group in self.optimizer.optimizer.param_groups:
             group["lr"] = self.config.optimizer.learning_rate * rate(self.config.schedule, self.step, self.config.steps)
         try:
-            losses = agreed(self.workers, lambda: self._losses(batch, max(1, round(valid)), round(choices)))
+            losses = agreed(self.workers, lambda: self._losses(batch, shares, round(choices)))
             norm = self.optimizer.step()
             self.learner.moved()
         except NonFiniteLoss as error:
             raise self._kept(batch, error) from error
         total, selectors, recall = self.workers.sum(
-            sum(loss.total for loss in losses),
+            sum(loss.total / share for loss, share in zip(losses, shares, strict=True)),
             sum(loss.selectors.total for loss in losses),
             sum(loss.selectors.recall for loss in losses),
         )
         self.step += 1
         metrics = {
-            "loss": total / max(1, valid),
+            "loss": total,
             "learning_rate": self.optimizer.optimizer.param_groups[0]["lr"],
             "gradient_norm": norm,
             "targets": valid,
@@ -137,9 +142,10 @@ class Run:
             metrics=self.metrics,
         )
 
-    def _losses(self, batch: Sequence[TrainingStream], valid: int, choices: int) -> list[StreamLoss]:
+    def _losses(self, batch: Sequence[TrainingStream], shares: Sequence[int], choices: int) -> list[StreamLoss]:
         try:
-            return [self.learner.loss_and_grad(stream, valid, choices) for stream in batch]
+            pairs = zip(batch, shares, strict=True)
+            return [self.learner.loss_and_grad(stream, share, choices) for stream, share in pairs]
         except torch.OutOfMemoryError as error:
             raise LimitExceeded(
                 "the device's memory is used up: set checkpoint_layers, or take smaller segments or more workers with"
@@ -167,7 +173,7 @@ class Run:
     def _checkpoint(self) -> None:
         if self.config.evaluation is not None:
             self._record(self.evaluate())
-        tensors = optimizer_tensors(self.learner.named, self.optimizer)
+        tensors = optimizer_tensors(self.learner.named, self.optimizer, self.learner.model.lm.spec.dtype)
         name, folder = checkpoint_name(self.step), None
         if self.workers.rank == 0:
             try:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+from collections import Counter
 from contextlib import closing, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -74,6 +75,18 @@ def test_a_case_that_kills_is_given_up_alone(config):
     done = list(dealt(plan, plan.keys, FakePool(0, 0.0, fatal)))
     assert [r["case"] for r in done if "error" in r] == [fatal] * len(config.arms)
     assert len(done) == len(plan.keys)
+
+
+def test_cells_come_to_their_end_together(tmp_path, values):
+    tasks = [
+        {"task": "needle", "label": "many", "lengths": [500], "items": 8},
+        {"task": "needle", "label": "few", "lengths": [600, 700], "items": 4},
+    ]
+    plan = Plan.of(EvalConfig.model_validate(values(tmp_path, tasks=tasks)))
+    first_half = plan.keys[:8]
+    of_cell = Counter(plan.cases[case][:2] for _, case in first_half)
+    assert of_cell == {("many", 500): 4, ("few", 600): 2, ("few", 700): 2}
+    assert len(set(plan.keys)) == len(plan.keys) == 16 * len(plan.config.arms)
 
 
 def test_a_document_is_read_by_one_worker_while_others_have_theirs(tmp_path, values):

@@ -84,6 +84,7 @@ def test_a_policy_that_cannot_be_is_refused_before_the_run(written, segment, mes
         ({"workers": {"count": [1, 9]}}, "workers:", "workers: 9 workers would share data.streams_per_step=4"),
         ({"freeze": True}, "freeze:", "freeze: nothing would be trained"),
         ({"segment": {"policy": "full"}, "selectors": {}}, "selectors: {}", "selectors: they learn under policy"),
+        ({"adapter": "here"}, "adapter:", "adapter: it is trained further with lora, or kept with freeze"),
         ({"gates": {}, "lora": {}}, "gates:", "gates: they are trained alone"),
         ({"gates": {}, "freeze": False}, "gates:", "gates: they are of policy duo"),
     ],
@@ -91,6 +92,12 @@ def test_a_policy_that_cannot_be_is_refused_before_the_run(written, segment, mes
 def test_what_cannot_go_together_is_refused_before_the_run(written, changes, line, message):
     file = written(**changes)
     assert f"{file}:{line_of(file, line)}: {message}" in fault(file)
+
+
+def test_what_the_model_itself_says_is_for_an_adapter_to_learn(written):
+    data = {"sources": [{"tasks": [{"task": "needle"}], "loss": "own"}]}
+    assert 'loss "own" is of an adapter' in fault(written(data=data, evaluation=None))
+    assert TrainConfig.read(written(data=data | {"streams_per_step": 4}, evaluation=None, lora={})).lora is not None
 
 
 def test_every_dtype_that_a_model_can_have_can_be_named(written):

@@ -256,6 +256,17 @@ def test_values_are_what_an_answer_must_hold_and_each_is_an_answer(tokenizer):
         config({"files": ["a.txt"], "loss": "values"})
 
 
+def test_what_the_model_itself_says_is_learnt_of_all_but_answers(tokenizer):
+    task = {"task": "needle", "keys": 2, "turns": 2}
+    sources = [{"tasks": [task], "lengths": [1500], "loss": loss} for loss in ("answers", "own")]
+    answers, own = (first(config(source, streams_per_step=1), tokenizer)[0] for source in sources)
+    assert own.tokens_T.equal(answers.tokens_T)
+    assert (own.distilled, answers.distilled) == (True, False)
+    assert own.needed == answers.needed
+    learnt, answered = own.targets_T != IGNORED, answers.targets_T != IGNORED
+    assert (learnt[:-1] != answered[:-1]).all()
+
+
 def test_an_epoch_has_every_document_once_and_each_has_its_own_order(corpus, tokenizer):
     made = config({"files": [corpus]}, streams_per_step=1, shuffle=True)
     loader = open_data(made, tokenizer)

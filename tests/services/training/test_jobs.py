@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from ray.util.state import list_actors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,25 @@ from tests.services.training.conftest import Alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS, EVERY = 48, 8
+STEPS, EVERY = 10, 2
+
+# In the place of W&B: holds a run at the step that a file in its folder says.
+HOLDING = """
+import time
+from pathlib import Path
+
+class Run:
+    def __init__(self, folder):
+        self._hold = Path(folder) / "hold"
+    def log(self, metrics, step):
+        while step >= int(self._hold.read_text()):
+            time.sleep(0.05)
+    def finish(self):
+        pass
+
+def init(dir, **settings):
+    return Run(dir)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -55,33 +74,57 @@ def step(run: Path) -> int:
     return max((line["step"] for line in read_lines(run / LINES)), default=0)
 
 
+def nodes_of_workers(address: str) -> int:
+    """How many nodes the workers of the run are on that runs now."""
+    actors = list_actors(address, filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    return len({actor.node_id for actor in actors})
+
+
 @pytest.fixture(scope="module")
-def finished(cluster, run_file, runs) -> Path:
+def holding(cluster, runs) -> Iterator[Callable[[int], object]]:
+    """Has runs stand still at a step, however quick the machine is: so something can be done to them there."""
+    (cluster.modules / "wandb.py").write_text(HOLDING)
+    (runs / "run").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(cluster.modules)
+
+        def hold(step: int) -> None:
+            (runs / "next").write_text(str(step))
+            (runs / "next").rename(runs / "run" / "hold")
+
+        yield hold
+
+
+@pytest.fixture(scope="module")
+def finished(cluster, holding, run_file, runs) -> Path:
     """A run of as many workers as there is room for: begun by two, robbed of a node, stopped, resumed."""
-    file, run = str(run_file("run", workers={"count": [1, 2], "threads": 1})), runs / "run"
+    elastic = {"workers": {"count": [1, 2], "threads": 1}, "metrics": {"trackers": ["wandb"]}}
+    file, run = str(run_file("run", **elastic)), runs / "run"
     jobs, there = Jobs(cluster.address), ["--address", cluster.address]
 
+    holding(5)
     assert main(["train", file, *there, "--detach"]) == 0
     first = jobs.find("run").submission_id
+    log = lambda job: jobs._client.get_job_logs(job)  # noqa: E731
+    failed = lambda: jobs._client.get_job_status(first).is_terminal() and log(first)  # noqa: E731
 
-    def failed() -> str | None:
-        ended = jobs._client.get_job_status(first).is_terminal()
-        return jobs._client.get_job_logs(first) if ended else None
-
-    wait_for(lambda: latest(run) and step(run) % EVERY, failed)
-    lost_at = step(run)
+    wait_for(lambda: step(run) == 5 and latest(run) == run / "checkpoint-0000004", failed)
+    assert nodes_of_workers(cluster.address) == 2
+    assert main(["train", "resume", file, *there]) == 1, "two jobs would write in one folder"
     end(cluster.second)
-    wait_for(lambda: "with 1 workers" in jobs._client.get_job_logs(first), failed)
-    wait_for(lambda: step(run) > lost_at and step(run) % EVERY, failed)
-    assert re.findall(r"from step (\d+) on with (\d) workers", jobs._client.get_job_logs(first))[0] == ("0", "2")
+    holding(7)
+    wait_for(lambda: step(run) == 7 and latest(run) == run / "checkpoint-0000006", failed)
+    wait_for(lambda: "with 1 workers" in log(first), failed)
+    begun = re.findall(r"from step (\d+) on with (\d) workers", log(first))
+    assert (begun[0], begun[-1]) == (("0", "2"), ("4", "1"))
 
     assert main(["train", "stop", "run", *there]) == 0
-    stopped_at = step(run)
-    assert lost_at < stopped_at < STEPS
+    assert step(run) == 7
+    holding(STEPS + 1)
     assert main(["train", "resume", "run", *there]) == 0
     second = jobs.find("run").submission_id
     assert second != first
-    assert re.search(r"from step ([1-9]\d*) on with 1 workers", jobs._client.get_job_logs(second))
+    assert re.findall(r"from step (\d+) on with (\d) workers", log(second)) == [("6", "1")]
     return run
 
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from segcore.adapter import PEFT_FILES
 from segcore.errors import ConfigError, NonFiniteLoss
 from segcore.presets import segment_preset
 from segcore.training.stream import IGNORED, TrainingStream
@@ -315,6 +316,31 @@ def test_an_adapter_is_exported_for_serving_and_plain_peft(config, model_directo
     adapted = PeftModel.from_pretrained(plain, str(tmp_path / "out"))(tokens, labels=tokens).loss.item()
     ours = alone.run.learner.scorer().score(TrainingStream("text", tokens[0]))
     assert ours.mean == pytest.approx(adapted, rel=1e-5)
+
+
+@pytest.mark.parametrize("balance", ["targets", "streams"])
+def test_a_steps_loss_is_the_mean_of_its_targets_or_of_its_streams(config, balance):
+    run = Alone(config(steps=1, balance=balance)).run
+    batch = next(run.data.batches())
+    scores = [run.learner.scorer().score(stream) for stream in batch]
+    assert len({score.tokens for score in scores}) > 1
+    by_targets = sum(score.total for score in scores) / sum(score.tokens for score in scores)
+    by_streams = sum(score.mean for score in scores) / len(scores)
+    run.take_step(batch)
+    assert run.metrics["loss"] == pytest.approx(by_targets if balance == "targets" else by_streams, rel=1e-10)
+
+
+def test_an_adapter_is_exported_in_its_models_precision(config, tmp_path):
+    alone = Alone(config(steps=2, dtype="bfloat16", lora={"rank": 4}))
+    alone.run.train()
+    export(latest(config().folder), tmp_path / "out")
+    trained = {f"base_model.model.{name}": p.detach() for name, p in alone.run.learner.named.items()}
+    exported = load_file(tmp_path / "out" / PEFT_FILES[1])
+    for name, weight in exported.items():
+        wide = trained[name.replace(".weight", ".default.weight")]
+        assert (weight.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+        assert weight.equal(wide.bfloat16())
+    assert len(exported) == len(trained)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_loaded(config, monkeypatch):

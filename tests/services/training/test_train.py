@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +91,23 @@ def test_a_run_is_neither_begun_twice_nor_resumed_from_nothing(written, capsys):
     assert main(["train", file, "--local"]) == 1
     assert "resume the run, or give it another name" in capsys.readouterr().err
     check_start(TrainConfig.read(written(steps=2)), resume=True)
+
+
+def test_a_job_that_is_stopped_is_interrupted(written, monkeypatch, tmp_path):
+    """For then Ray Train gives back what an elastic run has reserved."""
+    (tmp_path / "config.json").write_text(TrainConfig.read(written()).to_json())
+    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "config.json")])
+    monkeypatch.setattr(train, "_connect", lambda config, local: None)
+    monkeypatch.setattr(train, "fit", lambda config: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # What runs in the background may have begun with interrupts ignored; Ray Train has a handler of its own.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.mark.parametrize(
