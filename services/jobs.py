@@ -6,6 +6,7 @@ A job belongs to the cluster: it goes on when whoever follows it goes away.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import tempfile
 import time
@@ -31,6 +32,30 @@ ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 RETRY_S = 1.0
 # So long a cluster that has just started may have nobody yet who runs jobs.
 PATIENCE_S = 60.0
+# How Ray's client begins to say that its server didn't come.
+_NOT_STARTED = "Initialization failure from server"
+
+
+def _connected(address: str | None) -> JobSubmissionClient:
+    """A client; tried again where Ray's own server for it didn't start, or ended as it started, as on a busy head."""
+    from ray.job_submission import JobSubmissionClient
+
+    until = math.inf
+    while True:
+        try:
+            return JobSubmissionClient(address)
+        except RuntimeError as error:
+            # From the first failure on: one attempt may take longer than that by itself.
+            until = min(until, time.monotonic() + PATIENCE_S)
+            if not str(error).startswith(_NOT_STARTED) or time.monotonic() > until:
+                raise
+        time.sleep(RETRY_S)
+
+
+def _reason(error: Exception) -> str:
+    """An error in a line; Ray's client puts a server's whole trace behind a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
 
 
 class Jobs(ABC):
@@ -43,15 +68,12 @@ class Jobs(ABC):
     def __init__(self, command: str, address: str | None, *, otherwise: str) -> None:
         self._command, self._there = command, f"--address {address}" if address else ""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.job_submission import JobSubmissionClient
-
         try:
             with _without(*(ADDRESSES if address else ())):
-                self._client: JobSubmissionClient = JobSubmissionClient(address)
+                self._client = _connected(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            first_line = str(error).strip().split("\n")[0]
             raise Unavailable(
-                f"no Ray cluster takes jobs at {address or 'this machine'}: {first_line} {otherwise}"
+                f"no Ray cluster takes jobs at {address or 'this machine'}: {_reason(error)} {otherwise}"
             ) from error
 
     def submit_module(self, module: str, run: str, config: str, *flags: str) -> str:

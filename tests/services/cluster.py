@@ -21,11 +21,14 @@ ROOT = Path(__file__).parents[2]
 
 
 class Cluster(NamedTuple):
-    """Two nodes of one CPU each. address: of the dashboard. client: for ray://. second: the one that isn't the head."""
+    """Two nodes. address: of the dashboard. client: for ray://. second: the one that isn't the head. modules: a folder
+    of Python modules for jobs to import. join: adds a node."""
 
     address: str
     client: str
     second: subprocess.Popen[bytes]
+    modules: Path
+    join: Callable[[], subprocess.Popen[bytes]]
 
 
 def free_port() -> int:
@@ -35,39 +38,53 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def open_cluster() -> Iterator[Cluster]:
-    """A cluster of our own, whose nodes are ended by their process ids."""
+def open_cluster(cpus: int = 1) -> Iterator[Cluster]:
+    """A cluster of our own, whose nodes are ended by their process ids. cpus: of each node."""
     folder, port, dashboard, client = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), *(free_port() for _ in "123")
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # whose `python` jobs run
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{folder / 'modules'}",
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_worker_niceness": "0",
         "RAY_raylet_start_wait_time_s": "150",
-        # For as long Ray waits for the workers of a node that it does not yet know to be gone.
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+        # A node that is gone doesn't answer at all, and is given up after five checks; one that is slow has ten seconds
+        # for each.
+        "RAY_health_check_initial_delay_ms": "0",
+        "RAY_health_check_period_ms": "300",
+        # For as long Ray waits for the workers of a node that it does not yet know to be gone; then it tries again.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
         "PYTHONDONTWRITEBYTECODE": "",  # dozens of processes import the same packages
     }
-    ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
+    ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", f"--num-cpus={cpus}"]
     ray.append("--object-store-memory=100000000")
-    head = [
-        *ray, "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
-        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={free_port()}",
-    ]  # fmt: skip
-    nodes = []
+    nodes: list[subprocess.Popen[bytes]] = []
+    (folder / "modules").mkdir()
     with open(folder / "nodes.log", "w") as log:
+
+        def start(*options: str) -> subprocess.Popen[bytes]:
+            command = [*ray, *options, f"--dashboard-agent-listen-port={free_port()}"]
+            nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            said = (folder / "nodes.log").read_text
+            wait_for(
+                lambda: said().count("Ray runtime started") == len(nodes),
+                lambda: said() if nodes[-1].poll() is not None else None,
+            )
+            return nodes[-1]
+
+        def join() -> subprocess.Popen[bytes]:
+            return start(f"--address=127.0.0.1:{port}")
+
         try:
-            nodes.append(subprocess.Popen(head, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            started = lambda: (folder / "nodes.log").read_text().count("Ray runtime started")  # noqa: E731
-            dead = lambda: any(n.poll() is not None for n in nodes) and (folder / "nodes.log").read_text()  # noqa: E731
-            wait_for(lambda: started() == 1, dead)
-            node = [*ray, f"--address=127.0.0.1:{port}", f"--dashboard-agent-listen-port={free_port()}"]
-            nodes.append(subprocess.Popen(node, env=environment, stdout=log, stderr=subprocess.STDOUT))
-            wait_for(lambda: started() == 2, dead)
-            yield Cluster(f"http://127.0.0.1:{dashboard}", f"ray://127.0.0.1:{client}", nodes[1])
+            start(
+                "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
+                f"--ray-client-server-port={client}",
+            )  # fmt: skip
+            second = join()
+            address = f"http://127.0.0.1:{dashboard}"
+            yield Cluster(address, f"ray://127.0.0.1:{client}", second, folder / "modules", join)
         finally:
             for process in reversed(nodes):
                 end(process)
