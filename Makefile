@@ -1,5 +1,5 @@
 # One word per developer act; CI uses the same words.
-.PHONY: setup redis browser demo test test-fast test-gpu test-nodes check format protos lock figures soak report-picture up down clean \
+.PHONY: setup redis browser demo test test-fast test-gpu test-nodes train-two-nodes check format protos lock figures soak report-picture up down clean \
 	cluster-check cluster-up cluster-down cluster-up-test
 .DELETE_ON_ERROR:
 
@@ -59,6 +59,10 @@ test-fast: setup redis
 # Ray nodes of which some are killed, cut off, and added by an autoscaler.
 test-nodes: setup
 	$(TEST_ENV) $(BIN)/pytest tests/nodes
+
+# Of these, training by `ray start` and the Jobs API: the example, and a run that a third node joins.
+train-two-nodes: setup
+	$(TEST_ENV) $(BIN)/pytest -s tests/nodes/test_training_jobs.py
 
 # What only a GPU can show, on one.
 test-gpu: setup

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -30,7 +31,7 @@ T = TypeVar("T")
 # Those whose results are kept by a request_id; the others can be repeated as they are.
 _BY_REQUEST = ("create", "delete", "fork", "rewind", "import_session")
 _LONGEST_WAIT_S = 1.0
-# How long a call is tried on, beside the time that a lost replica's lease lasts.
+# How long a call is tried on after its first failure, beside the time that a lost replica's lease lasts.
 _PATIENCE_S = 15.0
 # How long a replica may say nothing, beside the slice that it works for, before it is asked whether it is there; and
 # how long it may take to say so.
@@ -234,14 +235,19 @@ class _Way:
 
 
 class _Patience:
-    """How long unreachable replicas are waited for, by ever longer pauses or as they ask for."""
+    """How long unreachable replicas are waited for, by ever longer pauses or as they ask for.
+
+    From the first failure on: until a silent replica is known to be gone, more time than that may have passed.
+    """
 
     def __init__(self, seconds: float) -> None:
-        self._ends, self._pause = time.monotonic() + seconds, 0.05
+        self._seconds, self._ends, self._pause = seconds, math.inf, 0.05
 
     async def wait(self, error: SegcoreError) -> None:
         """Pause before the next try; raises the error if there is to be none."""
-        if not isinstance(error, Unavailable) or time.monotonic() > self._ends:
+        now = time.monotonic()
+        self._ends = min(self._ends, now + self._seconds)
+        if not isinstance(error, Unavailable) or now > self._ends:
             raise error
         asked = float(error.details.get("retry_after_s", self._pause))
         self._pause = min(2 * self._pause, _LONGEST_WAIT_S)

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray import serve
 from ray._private.node import Node
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
@@ -21,6 +22,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 )
 from ray.cluster_utils import Cluster
 
+from services.serving.app import APPLICATION
 from services.serving.config import ServeConfig
 from tests.conftest import SERVED_SEGMENT
 from tests.services.cluster import free_port
@@ -118,6 +120,10 @@ def processes_of(node: Node) -> list[psutil.Process]:
     return found
 
 
+def running_engines() -> int:
+    return serve.status().applications[APPLICATION].deployments["engine"].replica_states.get("RUNNING", 0)
+
+
 @pytest.fixture(scope="package")
 def service(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
     """A service of a tiny model, a front and two engines, each on its node."""
@@ -170,7 +176,7 @@ def autoscaled(folder: Path) -> Nodes:
     """A front's node, and an autoscaler that adds and removes others: Ray's, with processes for machines.
 
     `ray.cluster_utils.AutoscalingCluster` would end every Ray of the machine as it starts, and needs a file that Ray's
-    packages lack; so the provider is named as one of our own.
+    packages lack; so the provider is named as one of our own, for which no field of the configuration has a default.
     """
     port = free_port()
     provider = {
@@ -193,6 +199,8 @@ def autoscaled(folder: Path) -> Nodes:
             "engine": {"resources": engine, "node_config": {}, "min_workers": 0, "max_workers": 2},
         },
     }
+    config |= {name: [] for name in ("setup_commands", "head_setup_commands", "worker_setup_commands")}
+    config["cluster_synced_files"] = []
     (folder / "autoscaling.json").write_text(json.dumps(config))
     return Nodes(
         workers=0,
@@ -205,5 +213,5 @@ def autoscaled(folder: Path) -> Nodes:
 
 @pytest.fixture(scope="module")
 def growing() -> Iterator[Nodes]:
-    with connected(autoscaled, RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="0.5") as made:
+    with connected(autoscaled, RAY_FAKE_CLUSTER="1", AUTOSCALER_UPDATE_INTERVAL_S="1") as made:
         yield made

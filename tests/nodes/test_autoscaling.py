@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
-from ray import serve
 
 from segcore.sampling import SamplingParams
-from services.serving.app import APPLICATION
 from services.serving.client import Client
 from services.serving.config import AutoscalingSettings
 from services.serving.local import local_service
+from tests.nodes.conftest import running_engines
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -22,10 +21,6 @@ DOCUMENT = "".join(f"Entry {i}: the café at № {i * 7919 % 10007} opens at {i 
 QUESTION = "When does the café open?"
 PARAMS = SamplingParams(max_tokens=300)
 WAIT_S = 180
-
-
-def running_engines() -> int:
-    return serve.status().applications[APPLICATION].deployments["engine"].replica_states.get("RUNNING", 0)
 
 
 def engine_nodes() -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from services.training.config import TrainConfig
 from services.training.folders import latest
 from services.training.metrics import LINES, read_lines
 from services.training.train import fit
+from tests.services.cluster import wait_for
 from tests.services.evaluation.conftest import values as evaluation_values
 from tests.services.training.conftest import text_file
 from tests.services.training.conftest import values as training_values
@@ -43,15 +43,11 @@ def test_a_training_run_goes_on_though_a_node_dies(nodes, training_values, tmp_p
     workers = {"count": 2, "threads": 1, "cpus": 2, "failures": 3}
     config = TrainConfig.model_validate(training_values(tmp_path, steps=12, workers=workers, checkpoints={"every": 2}))
 
-    def kill() -> None:
-        while latest(config.folder) is None:
-            time.sleep(0.02)
-        nodes.kill(0)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    outcome = fit(config)
-    killer.join()
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(fit, config)
+        wait_for(lambda: latest(config.folder), lambda: run.done() and repr(run.exception()))
+        nodes.kill(0)  # here, since nodes can't be started by another thread
+        outcome = run.result()
     assert outcome["step"] == 12
     steps = [line["step"] for line in read_lines(config.folder / LINES) if "loss" in line]
     assert steps == list(range(1, 13))

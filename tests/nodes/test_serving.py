@@ -16,7 +16,8 @@ from segcore.sampling import SamplingParams
 from services.serving.client import Client
 from services.serving.config import ServeConfig
 from services.serving.local import local_service
-from tests.nodes.conftest import Nodes
+from tests.nodes.conftest import Nodes, running_engines
+from tests.services.cluster import wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -39,7 +40,8 @@ class Service(NamedTuple):
         return self.nodes.of(int(owner.split(":")[1]))
 
     def sessions_on_both_nodes(self) -> dict[str, int]:
-        """Uploaded sessions, and where they are."""
+        """Uploaded sessions, and where they are, once there is an engine on each: one may have just been lost."""
+        wait_for(lambda: running_engines() == self.config.replicas)
         made: dict[str, int] = {}
         while len(made) < 4 or len(set(made.values())) < 2:
             session = self.client.create_session().session_id
