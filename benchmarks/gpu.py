@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.record import RESULTS, Figure, records, write
+from benchmarks.record import RESULTS, Figure, add, records
 from segcore.config import CacheConfig, Cell, EngineConfig, SegmentedConfig
 from segcore.engine.engine import Engine
 from segcore.engine.request import Generation
@@ -221,7 +221,6 @@ def measure_ours(shape: Shape, lengths: tuple[int, ...]) -> dict[str, Any]:
 def measure_restore(shape: Shape) -> dict[str, float]:
     """Seconds until the first token of a stream of PEER_TOKENS: run anew, and restored by where its past KV is."""
     lm, taken = CausalLM(shape.build()), {}
-    lm.compile()
     with tempfile.TemporaryDirectory() as shared:
         cache = dataclasses.replace(shape.cache, shared=shared)
         config = EngineConfig(segment=shape.segment(), cache=cache, chunk_tokens=S, slots=1)
@@ -404,7 +403,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", help="lengths of the prompts")
     parser.add_argument("--dry", action="store_true", help="print, and write nothing")
     options = parser.parse_args()
-    top, raw, found = ceilings(), {}, []
+    top, found, file = ceilings(), [], RESULTS / "raw" / "gpu.json"
+    raw = json.loads(file.read_text()) if file.exists() else {}
     print(top, flush=True)
     packages = [name for name in ("flash-attn-4", "flash-attn") if installed(name)]
     for shape in (shape for shape in SHAPES if shape.name in options.shapes):
@@ -416,8 +416,8 @@ def main() -> None:
             found += list(batch_figures(shape.name, alone(measure_batch, shape), alone(measure_peer_batch, shape)))
             found += list(restore_figures(shape.name, alone(measure_restore, shape)))
         if not options.dry:  # what was measured stays, whatever comes
-            write("gpu", records(COMMAND, found, packages))
-            (RESULTS / "raw" / "gpu.json").write_text(json.dumps({"ceilings": top} | raw, indent=1) + "\n")
+            add("gpu", records(COMMAND, found, packages))
+            file.write_text(json.dumps(raw | {"ceilings": top}, indent=1) + "\n")
     for figure in found:
         print(*figure)
 

@@ -9,9 +9,9 @@ the settings of benchmarks.gpu.
 Ours is `SegmentedTrainer`, for each K asked for. The peer runs the whole stream at once, SDPA's flash kernels, each
 layer checkpointed; its cross-entropy is taken in pieces as ours is, for all logits at once would decide its peak.
 `smollm2` is trained in full, `llama31_8b` by LoRA of rank 16, which takes peft. Each arm is a process of its own, which
-takes the lengths one after the other; a length's peak is what torch allocated on the GPU, or what the process held at
-most. Times are medians, after a step that warms up. Figures are kept as soon as they are known: a run that is
-interrupted keeps what it has measured, and what a later one measures again replaces it.
+takes the lengths one after the other; a length's peak is what torch allocated on the GPU and what CUDA graphs keep for
+themselves, or what the process held at most. Times are medians, after a step that warms up. Figures are kept as soon as
+they are known: a run that is interrupted keeps what it has measured, and what a later one measures again replaces it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks import gpu
 from benchmarks.gpu import SHAPES, Shape
 from benchmarks.record import RESULTS, ROOT, Figure, add, records
 from segcore.model import CausalLM
@@ -131,7 +132,7 @@ def measure(options: argparse.Namespace) -> None:
     random = torch.Generator().manual_seed(1)
     tokens_T = torch.randint(0, shape.config["vocab_size"], (max(options.length),), generator=random)
     step = (ours if options.one == "ours" else peer)(shape, options)
-    warm_up = taken(step, tokens_T[: 3 * options.segment], options.device)
+    warm_up = taken(step, tokens_T[: 8 * options.segment], options.device)  # passes are recorded
     print(f"{label}: warmed up in {warm_up:.1f} s", file=sys.stderr, flush=True)
     for length in sorted(options.length):
         forget_peak(options.device)
@@ -160,7 +161,7 @@ def forget_peak(device: str) -> None:
 
 def peak_bytes(device: str) -> int:
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return gpu.peak_bytes()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(status["VmHWM"].split()[0])
 
