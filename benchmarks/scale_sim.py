@@ -1,7 +1,7 @@
 """Thousands of sessions over hundreds of replicas, simulated: where does it break?
 
-    python benchmarks/scale_sim.py                              # growing clusters, with failures; then what gives first
-    python benchmarks/scale_sim.py --replicas 300 --per-replica 60 --store-gbytes 10
+    python -m benchmarks.scale_sim                              # growing clusters, with failures; then what gives first
+    python -m benchmarks.scale_sim --replicas 300 --per-replica 60 --store-gbytes 10
 
 Sessions come, upload a document, ask some questions with pauses between, and go. A replica prefills one segment at a
 time and decodes in slots. Sessions are placed by the very ring that Serve uses. A replica that fails takes its
@@ -17,10 +17,13 @@ import bisect
 import heapq
 import itertools
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from ray.serve.experimental.consistent_hash_router import DEFAULT_NUM_VIRTUAL_NODES, _hash_bytes
+
+from benchmarks.record import Figure, add, records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,8 @@ class Site:
     """What there is. Rates are of one replica; the defaults are Llama-3.1-8B on an H200 (docs/performance.md).
 
     decode_tokens_s: of each of `slots` sessions. bytes_per_token: past KV in the store, which gives store_bytes_s to
-    all together. start_s: until a failed replica's successor serves.
+    all together. start_s: until a failed replica's successor serves. notice_s: from a failure until another
+    replica may take up a call that it broke off, the service's `lease_s`.
     """
 
     replicas: int = 100
@@ -39,12 +43,14 @@ class Site:
     link_bytes_s: float = 3e9
     store_bytes_s: float = 40e9
     start_s: float = 90
+    notice_s: float = 5
     mtbf_s: float = 7 * 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is asked for: so many sessions at any time, each for `questions` questions. fails: at once, amid the run."""
+    """What is asked for: so many sessions at any time, each for `questions` questions. fails: the share of replicas
+    that do at once, half-way through. leaves: how many are taken away in order after three quarters."""
 
     sessions: int = 1000
     document_tokens: int = 128_000
@@ -56,14 +62,17 @@ class Load:
     answer_tokens: int = 200
     hours: float = 2
     fails: float = 0.0
+    leaves: int = 0
 
 
 @dataclass
 class Outcome:
-    """first_s: from a question to its first token, each; recovery_s: the same for the first one after a move."""
+    """first_s: from a question to its first token, each; recovery_s: the same for the first one after a move, or from a
+    failure to the next token of what it broke off. moves: when each of those was."""
 
     first_s: list[float] = field(default_factory=list)
     recovery_s: list[float] = field(default_factory=list)
+    moves: list[float] = field(default_factory=list)
     interrupted: int = 0
     restored_tokens: int = 0
     rerun_tokens: int = 0
@@ -108,6 +117,7 @@ class Session:
     home: str | None = None
     busy_until: float = 0.0
     turn: int = 0  # events of earlier turns are void
+    broken_at: float | None = None  # since when its client waits for what a failure broke off
 
 
 class Simulation:
@@ -127,6 +137,8 @@ class Simulation:
             self._at(self._rng.uniform(0, end / 4), self._begin)
         if self.load.fails:
             self._at(end / 2, self._fail_many)
+        if self.load.leaves:
+            self._at(3 * end / 4, self._take_away)
         while self._events and self._events[0][0] < end:
             now, _, event = heapq.heappop(self._events)
             event(now)
@@ -163,12 +175,20 @@ class Simulation:
             session.home = None
             if session.busy_until > now:  # its client asks again
                 self.out.interrupted += 1
-                self._turn(session, now + 1, self._ask if session.asked else self._upload)
+                session.broken_at = now
+                self._turn(session, now + self.site.notice_s, self._ask if session.asked else self._upload)
 
     def _fail_many(self, now: float) -> None:
         names = sorted(self._replicas)
         for name in self._rng.sample(names, round(self.load.fails * len(names))):
             self._fail(name, now)
+
+    def _take_away(self, now: float) -> None:
+        """Replicas that end what they have begun, and have no successor."""
+        for name in self._rng.sample(sorted(self._replicas), self.load.leaves):
+            self._ring.remove(name)
+            for session in self._replicas.pop(name).sessions:
+                self._sessions[session].home = None
 
     # Sessions.
 
@@ -193,7 +213,11 @@ class Simulation:
         first = self._prefill(replica, ready, self.load.question_tokens) + 1 / self.site.decode_tokens_s
         session.busy_until = first + self.load.answer_tokens / self.site.decode_tokens_s
         heapq.heappush(replica.slots, session.busy_until)
-        (self.out.recovery_s if moved else self.out.first_s).append(first - now)
+        since = now if session.broken_at is None else session.broken_at
+        session.broken_at = None
+        (self.out.recovery_s if moved else self.out.first_s).append(first - since)
+        if moved:
+            self.out.moves.append(now)
         session.tokens += self.load.question_tokens + self.load.answer_tokens
         session.asked += 1
         if session.asked < self.load.questions:
@@ -246,8 +270,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(int(share * len(values)), len(values) - 1)] if values else 0.0
 
 
-def row(site: Site, load: Load) -> str:
-    out = Simulation(site, load).run()
+def row(site: Site, load: Load, out: Outcome) -> str:
     moved = out.restored_tokens + out.rerun_tokens
     return (
         f"{site.replicas:8} {load.sessions:9} {100 * load.fails:5.0f}% {out.fullest:8.2f}"
@@ -279,23 +302,40 @@ def within(site: Site, load: Load, each: int, limit_s: float) -> bool:
     return quantile(out.first_s, 0.99) <= limit_s
 
 
+def figures(site: Site, load: Load, out: Outcome) -> list[Figure]:
+    """What is kept of a row."""
+    name = f"simulated_{site.replicas}_replicas_{100 * load.fails:.0f}_percent_fail"
+    return [
+        (f"{name}_first_token_99_s", quantile(out.first_s, 0.99), "s", None, None),
+        (f"{name}_after_move_99_s", quantile(out.recovery_s, 0.99), "s", None, None),
+        (f"{name}_fullest", out.fullest, "of the mean", None, None),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--replicas", type=int, nargs="+", default=[10, 100, 300])
     parser.add_argument("--per-replica", type=int, default=30, help="sessions")
     parser.add_argument("--store-gbytes", type=float, default=40, help="a second, of the shared store")
     parser.add_argument("--limit", type=float, default=5, help="seconds to the first token, 99 of 100")
+    parser.add_argument("--record", action="store_true", help="into benchmarks/results/scale_sim.json")
     options = parser.parse_args()
-    site = Site(store_bytes_s=options.store_gbytes * 1e9)
+    site, kept = Site(store_bytes_s=options.store_gbytes * 1e9), list[Figure]()
     print(f"store: {options.store_gbytes:g} GB/s\n{HEAD}")
     for replicas in options.replicas:
         here = replace(site, replicas=replicas)
         for fails in (0.0, 0.1, 0.3):
-            print(row(here, Load(sessions=options.per_replica * replicas, fails=fails)), flush=True)
+            load = Load(sessions=options.per_replica * replicas, fails=fails)
+            out = Simulation(here, load).run()
+            kept += figures(here, load, out)
+            print(row(here, load, out), flush=True)
     here = replace(site, replicas=options.replicas[0])
     for pause in (30, 120, 600):
         most = breaking_point(here, Load(pause_s=pause, hours=1), options.limit)
+        kept.append((f"simulated_sessions_a_replica_asking_every_{pause}_s", most, "", None, None))
         print(f"a question every {pause} s: {most} sessions a replica keep within {options.limit:.0f} s")
+    if options.record:
+        add("scale_sim", records(" ".join(["-m benchmarks.scale_sim", *sys.argv[1:]]), kept, ("ray",)))
 
 
 if __name__ == "__main__":
