@@ -5,9 +5,10 @@
 
 Sessions come, upload a document, ask some questions with pauses between, and go. A replica prefills one segment at a
 time and decodes in slots. Sessions are placed by the very ring that Serve uses. A replica that fails takes its
-sessions' states with it: they are restored where the ring puts them, from the shared store, all of their past KV, or
-by running their tokens again, whichever is sooner; its successor has another place on the ring, which moves sessions
-again. What is simulated are queues for prefill, slots, links and the store; of a pass nothing but its time.
+sessions' states with it: they are restored where the ring puts them, closed segments from the shared store, or by
+running their tokens again, whichever is sooner; tokens of answers are run one by one, as they were. Its successor has
+another place on the ring, which moves sessions again. What is simulated are queues for prefill, slots, links and the
+store; of a pass nothing but its time.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ class Replica:
 class Session:
     name: str
     tokens: int = 0
+    answered: int = 0  # of its tokens
     asked: int = 0
     home: str | None = None
     busy_until: float = 0.0
@@ -128,6 +130,7 @@ class Simulation:
         self._sessions: dict[str, Session] = {}
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._store = 0.0
+        self._answered_share = load.answer_tokens / (load.question_tokens + load.answer_tokens)
 
     def run(self) -> Outcome:
         end = self.load.hours * 3600
@@ -176,7 +179,15 @@ class Simulation:
             if session.busy_until > now:  # its client asks again
                 self.out.interrupted += 1
                 session.broken_at = now
+                self._forget_rest(session, now)
                 self._turn(session, now + self.site.notice_s, self._ask if session.asked else self._upload)
+
+    def _forget_rest(self, session: Session, now: float) -> None:
+        """Of an answer that broke off, what hadn't been given."""
+        if session.asked:
+            left = min(self.load.answer_tokens, int((session.busy_until - now) * self.site.decode_tokens_s))
+            session.tokens -= left
+            session.answered -= left
 
     def _fail_many(self, now: float) -> None:
         names = sorted(self._replicas)
@@ -219,6 +230,7 @@ class Simulation:
         if moved:
             self.out.moves.append(now)
         session.tokens += self.load.question_tokens + self.load.answer_tokens
+        session.answered += self.load.answer_tokens
         session.asked += 1
         if session.asked < self.load.questions:
             self._turn(session, session.busy_until + self._rng.expovariate(1 / self.load.pause_s), self._ask)
@@ -241,25 +253,34 @@ class Simulation:
             self._replicas[session.home].sessions.discard(session.name)
         session.home = home
         replica.sessions.add(session.name)
-        return replica, self._restore(replica, now, session.tokens) if session.tokens else now
+        return replica, self._restore(replica, now, session) if session.tokens else now
 
-    def _restore(self, replica: Replica, now: float, tokens: int) -> float:
-        """From the store, or by running the tokens again: whichever is done first."""
-        size = tokens * self.site.bytes_per_token
+    def _restore(self, replica: Replica, now: float, session: Session) -> float:
+        """Closed segments from the store and the open one run, or all of them run: whichever is done first."""
+        closed = session.tokens // self.load.segment_tokens * self.load.segment_tokens
+        size = closed * self.site.bytes_per_token
         read = max(
             max(now, replica.link) + size / self.site.link_bytes_s,
             max(now, self._store) + size / self.site.store_bytes_s,
         )
-        if read <= max(now, replica.prefill) + tokens / self.site.prefill_tokens_s:
-            self.out.restored_tokens += tokens
+        open_answered = min(session.answered, (session.tokens - closed) * self._answered_share)
+        open_s = (session.tokens - closed) / self.site.prefill_tokens_s + open_answered / self.site.decode_tokens_s
+        prompt = session.tokens - session.answered
+        again_s = prompt / self.site.prefill_tokens_s + session.answered / self.site.decode_tokens_s
+        if read + open_s <= max(now, replica.prefill) + again_s:
+            self.out.restored_tokens += closed
             self.out.store_s += size / self.site.store_bytes_s
             self._store = max(now, self._store) + size / self.site.store_bytes_s
             replica.link = read
-            return read
-        self.out.rerun_tokens += tokens
-        return self._prefill(replica, now, tokens)
+            return self._run_again(replica, read, session.tokens - closed, open_answered)
+        return self._run_again(replica, now, session.tokens, session.answered)
 
-    def _prefill(self, replica: Replica, ready: float, tokens: int) -> float:
+    def _run_again(self, replica: Replica, ready: float, tokens: int, answered: float) -> float:
+        """The same passes: what was asked and read at prefill's pace, what was answered at decode's, beside others."""
+        self.out.rerun_tokens += tokens
+        return self._prefill(replica, ready, tokens - answered) + answered / self.site.decode_tokens_s
+
+    def _prefill(self, replica: Replica, ready: float, tokens: float) -> float:
         took = tokens / self.site.prefill_tokens_s
         self.out.prefill_s += took
         replica.prefill = max(ready, replica.prefill) + took

@@ -25,6 +25,7 @@ from services.evaluation.run import RESULTS, Plan
 from services.training.config import TrainConfig
 from services.training.metrics import LINES, read_lines
 from tests.cluster.conftest import ROOT
+from tests.cluster.test_compose_up import Service
 from tests.conftest import SERVED_SEGMENT
 from tests.services.cluster import Cluster, free_port, open_cluster, wait_for
 from tests.services.evaluation.conftest import values as evaluation_values
@@ -74,27 +75,49 @@ def release(render, model_directory: Path, tmp_path_factory: pytest.TempPathFact
             yield Release(cluster, objects, here, http_port)
 
 
-def test_the_service_answers(release):
+def test_the_service_answers_and_its_sessions_outlive_an_upgrade(release):
+    """Put to the dashboard as the operator does it; again with another setting, while a session is there."""
     spec = of_kind(release.objects, "RayService")["spec"]
     config = yaml.safe_load(release.here(spec["serveConfigV2"])) | {"proxy_location": "Disabled"}
-    applications = f"{release.cluster.address}/api/serve/applications/"
+    (front,) = (group for group in spec["rayClusterConfig"]["workerGroupSpecs"] if group["groupName"] == "front")
+    probe = next(pods(front))["containers"][0]["readinessProbe"]["httpGet"]
+    url = f"{probe['scheme'].lower()}://127.0.0.1:{release.http_port}"
     with requests.Session() as http:
         http.trust_env = False
-        http.put(applications, json=config, timeout=60).raise_for_status()
-
-        def status() -> str:
-            return str(http.get(applications, timeout=60).json()["applications"]["segcore"]["status"])
-
-        wait_for(lambda: status() == "RUNNING", lambda: status() if "FAILED" in status() else None)
-        (front,) = (group for group in spec["rayClusterConfig"]["workerGroupSpecs"] if group["groupName"] == "front")
-        probe = next(pods(front))["containers"][0]["readinessProbe"]["httpGet"]
-        url = f"{probe['scheme'].lower()}://127.0.0.1:{release.http_port}"
+        put(http, release, config)
         wait_for(lambda: http.get(f"{url}{probe['path']}", timeout=60).ok)
-        (model,) = http.get(f"{url}/v1/models", timeout=60).json()["data"]
-        wanted = {"model": model["id"], "messages": [{"role": "user", "content": "When?"}], "max_tokens": 4}
-        answer = http.post(f"{url}/v1/chat/completions", json=wanted, timeout=120).json()
-        assert answer["usage"]["completion_tokens"] == 4
-        http.delete(applications, timeout=60).raise_for_status()
+        service = Service(http, url)
+        service.upload("kept")
+        before = engines(release)
+        config["applications"][0]["args"]["slots"] = 5
+        assert service.ask("kept", 4)
+        put(http, release, config)
+        wait_for(lambda: engines(release) and not engines(release) & before)
+        assert service.ask("kept", 4)
+        assert service.call("GET", "/v1/sessions/kept").json()["documents"][0]["finished"]
+        http.delete(applications(release), timeout=60).raise_for_status()
+
+
+def applications(release: Release) -> str:
+    return f"{release.cluster.address}/api/serve/applications/"
+
+
+def put(http: requests.Session, release: Release, config: dict) -> None:
+    """Returns when it runs."""
+    http.put(applications(release), json=config, timeout=60).raise_for_status()
+
+    def status() -> str:
+        return str(http.get(applications(release), timeout=60).json()["applications"]["segcore"]["status"])
+
+    wait_for(lambda: status() == "RUNNING", lambda: status() if "FAILED" in status() else None)
+
+
+def engines(release: Release) -> set[str]:
+    """Names of the engines' replicas that run."""
+    with requests.Session() as http:
+        http.trust_env = False
+        told = http.get(applications(release), timeout=60).json()["applications"]["segcore"]["deployments"]["engine"]
+    return {each["replica_id"] for each in told["replicas"] if each["state"] == "RUNNING"}
 
 
 def run_job(release: Release, render: Callable[..., list[dict]], kind: str, config: dict, folder: Path) -> str:

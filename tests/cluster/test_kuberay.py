@@ -31,6 +31,7 @@ EVERYTHING = (
 )
 TRAIN = ["--set", "run=train", "--set-file", "config=examples/train-smollm2.yaml"]
 EVAL = ["--set", "run=eval", "--set-file", "config=examples/eval-smoke.yaml"]
+PLAIN = ["--set", "operator=false,secrets.ray=ray"]
 FORMS = {
     "service": [],
     "service, GPUs, everything": [*GPU, "--set", EVERYTHING],
@@ -39,6 +40,9 @@ FORMS = {
     "eval": EVAL,
     "cluster": ["--set", "run=cluster"],
     "cluster, GPUs": [*GPU, "--set", "run=cluster"],
+    "service, no operator": PLAIN,
+    "service, no operator, GPUs, everything": [*GPU, "--set", EVERYTHING, *PLAIN],
+    "cluster, no operator": [*PLAIN, "--set", "run=cluster"],
 }
 # Kinds of others, whose definitions aren't at hand.
 UNCHECKED = {"Gateway", "GRPCRoute", "HTTPRoute", "PodMonitor"}
@@ -134,6 +138,8 @@ def changed(thing: dict, path: str, value: object) -> dict:
         (["--set", "run=tran"], "service, train, eval or cluster"),
         (["--set", "run=train"], "--set-file config=FILE"),
         (["--set", "gateway.enabled=true"], "gateway.className"),
+        (["--set", "operator=false"], "secrets.ray"),
+        ([*TRAIN, *PLAIN], "needs KubeRay"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(options, said):
