@@ -23,6 +23,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.record import RESULTS, Figure, add, records
 from benchmarks.scale_sim import Load, Simulation, Site, quantile
@@ -169,29 +170,55 @@ def calibrated(client: Client, tier_bytes_s: float) -> tuple[Site, Load]:
     return site, load
 
 
+def again_tokens_s() -> float:
+    """At what rate answers are run again, with questions: an engine that holds one session takes up two by turns."""
+    with tempfile.TemporaryDirectory() as name:
+        config = service(Path(name), replicas=1, slots=1, max_sessions=1, segment={})  # in which no segment ends here
+        with local_service(config) as address, Client(address) as client:
+
+            def first_s(session: str, tokens: int) -> float:
+                asked = time.monotonic()
+                found = [
+                    time.monotonic() for _ in client.generate(session, QUESTION, SamplingParams(max_tokens=tokens))
+                ]
+                return found[0] - asked
+
+            for session in "ab":
+                client.create_session(session)
+                client.upload(session, TEXT[:1000].encode())
+            waits = [[first_s(session, tokens) for session in "ab"] for tokens in (1, 64, 1)]
+    before, _, after = (statistics.mean(each) for each in waits)
+    return 64 / max(after - before, 1e-3)
+
+
+def service(folder: Path, **changes: Any) -> ServeConfig:
+    """On this machine, with all of its files in a folder."""
+    settings: dict[str, Any] = {
+        "replicas": REPLICAS,
+        "grpc_port": free_port(),
+        "http_port": free_port(),
+        "threads": 1,
+        "past_directory": folder / "past",
+        "past_shared": str(folder / "shared"),
+        "past_host_bytes": 2**28,
+        "sessions": str(folder / "sessions.sqlite"),
+        "lease_s": LEASE_S,
+        "segment": {"segment_tokens": 256},
+    }
+    return ServeConfig(**settings | changes)
+
+
 def measure(tier: str, minutes: float) -> tuple[Site, Load, Measured]:
     """A service of its own, under load."""
+    again = again_tokens_s()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config = ServeConfig(
-            replicas=REPLICAS,
-            grpc_port=free_port(),
-            http_port=free_port(),
-            threads=1,
-            past_directory=folder / "past",
-            past_shared=str(folder / "shared"),
-            past_host_bytes=2**28,
-            past_restore_bytes_per_s=TIERS[tier],
-            sessions=str(folder / "sessions.sqlite"),
-            lease_s=LEASE_S,
-            segment={"segment_tokens": 256},
-        )
+        config = service(Path(name), past_restore_bytes_per_s=TIERS[tier])
         with local_service(config) as address:
             with Client(address) as client:
                 site, load = calibrated(client, TIERS[tier])
             print(f"{tier}: {site.prefill_tokens_s:.0f} and {site.decode_tokens_s:.1f} tokens a second", flush=True)
             out = Trial(config, address, minutes).run()
-    return replace(site, start_s=out.start_s), replace(load, hours=minutes / 60), out
+    return replace(site, start_s=out.start_s, again_tokens_s=again), replace(load, hours=minutes / 60), out
 
 
 def simulated(site: Site, load: Load) -> dict[str, list[float]]:

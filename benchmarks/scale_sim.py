@@ -31,15 +31,16 @@ from benchmarks.record import Figure, add, records
 class Site:
     """What there is. Rates are of one replica; the defaults are Llama-3.1-8B on an H200 (docs/performance.md).
 
-    decode_tokens_s: of each of `slots` sessions. bytes_per_token: past KV in the store, which gives store_bytes_s to
-    all together. start_s: until a failed replica's successor serves. notice_s: from a failure until another
-    replica may take up a call that it broke off, the service's `lease_s`.
+    decode_tokens_s: of each of `slots` sessions; again_tokens_s: of an answer that is run again. bytes_per_token:
+    past KV in the store, which gives store_bytes_s to all together. start_s: until a failed replica's successor serves.
+    notice_s: from a failure until another replica may take up a call that it broke off, the service's `lease_s`.
     """
 
     replicas: int = 100
     slots: int = 64
     prefill_tokens_s: float = 35_000
     decode_tokens_s: float = 123
+    again_tokens_s: float = 227
     bytes_per_token: float = 131_680
     link_bytes_s: float = 3e9
     store_bytes_s: float = 40e9
@@ -116,6 +117,7 @@ class Session:
     tokens: int = 0
     answered: int = 0  # of its tokens
     asked: int = 0
+    answering: bool = False
     home: str | None = None
     busy_until: float = 0.0
     turn: int = 0  # events of earlier turns are void
@@ -184,7 +186,7 @@ class Simulation:
 
     def _forget_rest(self, session: Session, now: float) -> None:
         """Of an answer that broke off, what hadn't been given."""
-        if session.asked:
+        if session.answering:
             left = min(self.load.answer_tokens, int((session.busy_until - now) * self.site.decode_tokens_s))
             session.tokens -= left
             session.answered -= left
@@ -209,9 +211,11 @@ class Simulation:
         self._upload(session, now)
 
     def _upload(self, session: Session, now: float) -> None:
+        self._arrive(session, now, self._take_segment)
+
+    def _take_segment(self, session: Session, now: float) -> None:
         """One segment of the document; the next one when it has come and this one has run."""
-        replica, ready = self._arrive(session, now)
-        done = self._prefill(replica, ready, self.load.segment_tokens)
+        done = self._prefill(self._home(session), now, self.load.segment_tokens)
         session.tokens += self.load.segment_tokens
         session.busy_until = done
         following = max(done, now + self.load.segment_tokens / self.load.upload_tokens_s)
@@ -219,18 +223,23 @@ class Simulation:
 
     def _ask(self, session: Session, now: float) -> None:
         moved = session.home is None or session.home != self._ring.find(session.name)
-        replica, ready = self._arrive(session, now)
-        ready = max(ready, heapq.heappop(replica.slots))
+        since = now if session.broken_at is None else session.broken_at
+        session.broken_at = None
+        if moved:
+            self.out.moves.append(now)
+        waits = self.out.recovery_s if moved else self.out.first_s
+        self._arrive(session, now, lambda here, ready: self._answer(here, ready, since, waits))
+
+    def _answer(self, session: Session, now: float, since: float, waits: list[float]) -> None:
+        replica = self._home(session)
+        ready = max(now, heapq.heappop(replica.slots))
         first = self._prefill(replica, ready, self.load.question_tokens) + 1 / self.site.decode_tokens_s
         session.busy_until = first + self.load.answer_tokens / self.site.decode_tokens_s
         heapq.heappush(replica.slots, session.busy_until)
-        since = now if session.broken_at is None else session.broken_at
-        session.broken_at = None
-        (self.out.recovery_s if moved else self.out.first_s).append(first - since)
-        if moved:
-            self.out.moves.append(now)
+        waits.append(first - since)
         session.tokens += self.load.question_tokens + self.load.answer_tokens
         session.answered += self.load.answer_tokens
+        session.answering = True
         session.asked += 1
         if session.asked < self.load.questions:
             self._turn(session, session.busy_until + self._rng.expovariate(1 / self.load.pause_s), self._ask)
@@ -243,42 +252,61 @@ class Simulation:
         del self._sessions[session.name]
         self._begin(now)
 
-    def _arrive(self, session: Session, now: float) -> tuple[Replica, float]:
-        """The session's replica, and when its state is there."""
+    def _home(self, session: Session) -> Replica:
+        """Where it is; if that was taken away meanwhile, where it goes next."""
+        return self._replicas[session.home or self._ring.find(session.name)]
+
+    def _arrive(self, session: Session, now: float, then: Callable[[Session, float], None]) -> None:
+        """What is to be done once the session's state is on its replica."""
+        session.answering = False
         home = self._ring.find(session.name)
-        replica = self._replicas[home]
         if session.home == home:
-            return replica, now
+            then(session, now)
+            return
         if session.home in self._replicas:
             self._replicas[session.home].sessions.discard(session.name)
         session.home = home
-        replica.sessions.add(session.name)
-        return replica, self._restore(replica, now, session) if session.tokens else now
+        self._replicas[home].sessions.add(session.name)
+        if session.tokens:
+            self._restore(session, now, then)
+        else:
+            then(session, now)
 
-    def _restore(self, replica: Replica, now: float, session: Session) -> float:
-        """Closed segments from the store and the open one run, or all of them run: whichever is done first."""
+    def _restore(self, session: Session, now: float, then: Callable[[Session, float], None]) -> None:
+        """Closed segments from the store and the open one run, or all of them run: whichever is done first. Documents
+        and questions are run at prefill's pace, answers token by token, beside what others do."""
+        site, replica = self.site, self._home(session)
         closed = session.tokens // self.load.segment_tokens * self.load.segment_tokens
-        size = closed * self.site.bytes_per_token
-        read = max(
-            max(now, replica.link) + size / self.site.link_bytes_s,
-            max(now, self._store) + size / self.site.store_bytes_s,
-        )
-        open_answered = min(session.answered, (session.tokens - closed) * self._answered_share)
-        open_s = (session.tokens - closed) / self.site.prefill_tokens_s + open_answered / self.site.decode_tokens_s
+        size = closed * site.bytes_per_token
+        read = max(max(now, replica.link) + size / site.link_bytes_s, max(now, self._store) + size / site.store_bytes_s)
+        rest = session.tokens - closed
+        rest_answered = min(session.answered, rest * self._answered_share)
         prompt = session.tokens - session.answered
-        again_s = prompt / self.site.prefill_tokens_s + session.answered / self.site.decode_tokens_s
-        if read + open_s <= max(now, replica.prefill) + again_s:
+        rest_s = (rest - rest_answered) / site.prefill_tokens_s + rest_answered / site.again_tokens_s
+        again_s = prompt / site.prefill_tokens_s + session.answered / site.again_tokens_s
+        if max(read, replica.prefill) + rest_s <= max(now, replica.prefill) + again_s:
             self.out.restored_tokens += closed
-            self.out.store_s += size / self.site.store_bytes_s
-            self._store = max(now, self._store) + size / self.site.store_bytes_s
+            self.out.store_s += size / site.store_bytes_s
+            self._store = max(now, self._store) + size / site.store_bytes_s
             replica.link = read
-            return self._run_again(replica, read, session.tokens - closed, open_answered)
-        return self._run_again(replica, now, session.tokens, session.answered)
+            self._run_again(session, read, rest, rest_answered, then)
+        else:
+            self._run_again(session, now, session.tokens, session.answered, then)
 
-    def _run_again(self, replica: Replica, ready: float, tokens: int, answered: float) -> float:
-        """The same passes: what was asked and read at prefill's pace, what was answered at decode's, beside others."""
+    def _run_again(
+        self, session: Session, when: float, tokens: int, answered: float, then: Callable[[Session, float], None]
+    ) -> None:
         self.out.rerun_tokens += tokens
-        return self._prefill(replica, ready, tokens - answered) + answered / self.site.decode_tokens_s
+
+        def begin(here: Session, now: float) -> None:
+            done = self._prefill(self._home(here), now, tokens - answered) + answered / self.site.again_tokens_s
+            self._busy(here, done, then)
+
+        self._busy(session, when, begin)
+
+    def _busy(self, session: Session, until: float, then: Callable[[Session, float], None]) -> None:
+        session.busy_until = until
+        self._turn(session, until, then)
 
     def _prefill(self, replica: Replica, ready: float, tokens: float) -> float:
         took = tokens / self.site.prefill_tokens_s

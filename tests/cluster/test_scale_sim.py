@@ -64,13 +64,13 @@ def test_where_reading_is_slow_tokens_are_run_again():
 
 
 def test_a_broken_answer_waits_for_its_lease_and_for_its_tokens_one_by_one():
-    site = replace(QUIET, replicas=2, link_bytes_s=1.0, decode_tokens_s=0.1, notice_s=7)
+    site = replace(QUIET, replicas=2, link_bytes_s=1.0, decode_tokens_s=0.1, again_tokens_s=0.2, notice_s=7)
     simulation, out = outcome(site, sessions=1, fails=0.5, answer_tokens=1000)
     (session,) = simulation._sessions.values()
     given = session.answered - 1000
     assert out.interrupted == 1
     assert given > 0
-    assert out.recovery_s == [pytest.approx(7 + 10 * given + 8252 / site.prefill_tokens_s + 10, abs=0.1)]
+    assert out.recovery_s == [pytest.approx(7 + 5 * given + 8252 / site.prefill_tokens_s + 10, abs=0.1)]
 
 
 def test_sessions_of_a_replica_that_leaves_go_on_elsewhere():
