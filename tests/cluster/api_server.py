@@ -99,7 +99,7 @@ def open_api_server(assets: Path, folder: Path) -> Iterator[ApiServer]:
         f"--service-account-issuer={url}", "--disable-admission-plugins=ServiceAccount",
     ]  # fmt: skip
     if "v1.20." in subprocess.run([server[0], "--version"], capture_output=True, text=True).stdout:
-        server.append("--feature-gates=GenericEphemeralVolume=true")  # as it is from 1.21 on
+        server.append("--feature-gates=GenericEphemeralVolume=true,TTLAfterFinished=true")  # as from 1.23 on
     with contextlib.ExitStack() as started:
         for command in (etcd, server):
             started.enter_context(process(command, folder / f"{Path(command[0]).name}.log"))
