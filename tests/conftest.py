@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from _pytest.terminal import TerminalReporter
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -34,6 +36,29 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 8}),
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, a file's run in one, for they share fixtures; so do all that start Ray."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            starts_ray = item.get_closest_marker("e2e") or "cluster" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else item.path.stem))
+
+
+@pytest.fixture
+def say(record_property: Callable[[str, object], None]) -> Callable[[object], None]:
+    """Tells what a test did, and what was lost, to whoever runs the tests: at the run's end."""
+    return partial(record_property, "said")
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    reports = [report for each in terminalreporter.stats.values() for report in each if hasattr(report, "user_properties")]
+    said = {f"{report.nodeid}: {text}": None for report in reports for name, text in report.user_properties if name == "said"}
+    if said:
+        terminalreporter.section("said by tests")
+        terminalreporter.write_line("\n".join(said))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -111,7 +111,7 @@ def test_a_client_that_sends_byte_by_byte_holds_nobody_up(client, served, engine
         client.delete_session(info.session_id)
 
 
-def test_a_flood_against_a_sleeping_engine_takes_no_memory(client, served, engine, monkeypatch, capsys):
+def test_a_flood_against_a_sleeping_engine_takes_no_memory(client, served, engine, monkeypatch, say):
     """200 MiB of document, sent as fast as may be by a client that heeds no window, and an engine that runs nothing."""
     session = client.create_session().session_id
     kept = engine._engine.room
@@ -139,9 +139,7 @@ def test_a_flood_against_a_sleeping_engine_takes_no_memory(client, served, engin
             time.sleep(0.02)
         assert call.is_active()
         call.cancel()
-    with capsys.disabled():
-        told = f"the client could send {sent[0] / 2**20:.0f} of 200 MiB; memory {(most - before) / 2**20:+.0f} MiB"
-        print(f"\n{told}")  # noqa: T201 - what it is for
+    say(f"the client could send {sent[0] / 2**20:.0f} of 200 MiB; memory {(most - before) / 2**20:+.0f} MiB")
     assert sent[0] <= MOST_SENT_BYTES
     assert most - before <= MOST_GROWTH_BYTES
     monkeypatch.setattr(engine._engine, "room", kept)
