@@ -90,14 +90,19 @@ class Answers:
             assert answer.task is not None
             await asyncio.wait([answer.task])
 
-    async def cancel(self, live: Live) -> None:
-        """End the session's answer."""
+    async def cancel(self, live: Live, request_id: str = "") -> None:
+        """End the session's answer; with a request_id, that one alone."""
+
+        def meant() -> bool:
+            now = live.record.answer
+            return now is not None and request_id in ("", now.request_id)
+
         answer = live.answer
-        if answer is not None and answer.task is not None:
+        if answer is not None and answer.task is not None and meant():
             self._stop(answer, Cancelled("the answer was cancelled"), end=True)
             await asyncio.wait([answer.task])
         async with self._lives.claimed(live):
-            if live.record.answer is not None and live.answer is None:
+            if live.answer is None and meant():
                 await self._end(live, [], "aborted")
 
     async def _supersede(self, live: Live, request: Request) -> None:

@@ -12,7 +12,7 @@ from segcore.errors import InvalidRequest
 from segcore.sampling import FinishReason, SamplingParams
 from services.serving.messages import AnswerPart, DocumentInfo, Progress, SessionInfo, UploadAck
 
-SCHEMA_REVISION = 2
+SCHEMA_REVISION = 3
 
 _FINISH: dict[FinishReason, pb.FinishReason] = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 _SAMPLING_FIELDS = ("max_tokens", "temperature", "top_p", "top_k", "seed")

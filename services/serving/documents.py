@@ -27,7 +27,7 @@ from services.serving.live import Live
 from services.serving.lives import Lives
 from services.serving.messages import Passage, Progress, UploadAck
 from services.serving.passages import Placed, passages
-from services.serving.record import DocumentRecord, Entry, Record
+from services.serving.record import DocumentRecord, Done, Entry, Record
 
 
 class Documents:
@@ -36,7 +36,10 @@ class Documents:
     def __init__(self, model: LoadedModel, engine: Engine, lives: Lives, config: ServeConfig) -> None:
         self._model, self._engine, self._lives, self._config = model, engine, lives, config
 
-    async def open(self, live: Live, document_id: str, total_bytes: int | None) -> UploadAck:
+    async def open(
+        self, live: Live, document_id: str, total_bytes: int | None, request_id: str, done: Done
+    ) -> UploadAck:
+        """done: what is remembered of the call that begins a document."""
         limit = self._config.max_document_bytes
         if total_bytes is not None and not 0 <= total_bytes <= limit:
             raise self._too_long(limit)
@@ -46,6 +49,7 @@ class Documents:
             document = DocumentRecord(id=document_id, first_token=live.tokens)
             live.record.documents.append(document)
             live.encoder, live.digest = DocumentEncoder(self._model.tokenizer), hashlib.sha256()
+            live.record.remember(request_id, done)
             await self._lives.commit(live)
         return self._ack(live, document, finished=document.finished)
 

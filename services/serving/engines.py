@@ -28,7 +28,7 @@ from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck,
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Those whose results are kept by a request_id; the others can be repeated as they are.
+# Those whose results are kept by a request_id; the others can be repeated as they are, unless they expect a generation.
 _BY_REQUEST = ("create", "delete", "fork", "rewind", "import_session")
 _LONGEST_WAIT_S = 1.0
 # How long a call is tried on after its first failure, beside the time that a lost replica's lease lasts.
@@ -50,7 +50,8 @@ class Engines:
 
     async def call(self, method: str, tenant: str, session_id: str = "", *args: Any, **options: Any) -> Any:
         """One call, once a replica has answered it."""
-        if method in _BY_REQUEST and not options.get("request_id"):
+        once = method in _BY_REQUEST or options.get("expected_generation") is not None
+        if once and not options.get("request_id"):
             options["request_id"] = uuid.uuid4().hex
         patience, way = self._patience(), self._way(session_id)
         who = (tenant, session_id) if session_id else (tenant,)
@@ -153,7 +154,7 @@ class Engines:
             raise
         finally:
             if not (named or finished):
-                await self.call("cancel_answer", tenant, session_id)
+                await self.call("cancel_answer", tenant, session_id, request_id=request_id)
 
     async def complete(self, tenant: str, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[AnswerPart]:
         """`Completions.complete`, over as many replicas as it takes: another one says the same from the beginning."""

@@ -191,18 +191,20 @@ class UploadDocumentRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[DocumentHeader, _Mapping]] = ..., data: _Optional[_Union[DocumentData, _Mapping]] = ..., finish: _Optional[_Union[DocumentFinish, _Mapping]] = ...) -> None: ...
 
 class DocumentHeader(_message.Message):
-    __slots__ = ("session_id", "document_id", "total_bytes", "expected_generation", "timeout")
+    __slots__ = ("session_id", "document_id", "total_bytes", "expected_generation", "timeout", "request_id")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     document_id: str
     total_bytes: int
     expected_generation: int
     timeout: _duration_pb2.Duration
-    def __init__(self, session_id: _Optional[str] = ..., document_id: _Optional[str] = ..., total_bytes: _Optional[int] = ..., expected_generation: _Optional[int] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, session_id: _Optional[str] = ..., document_id: _Optional[str] = ..., total_bytes: _Optional[int] = ..., expected_generation: _Optional[int] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class DocumentData(_message.Message):
     __slots__ = ("offset", "data")
@@ -315,10 +317,12 @@ class GenerateResponse(_message.Message):
     def __init__(self, text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., token_index: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class CancelAnswerRequest(_message.Message):
-    __slots__ = ("session_id",)
+    __slots__ = ("session_id", "request_id")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     session_id: str
-    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+    request_id: str
+    def __init__(self, session_id: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class CancelAnswerResponse(_message.Message):
     __slots__ = ()
