@@ -11,7 +11,7 @@ from segcore.engine.engine import Engine
 from segcore.errors import AlreadyExists, FailedPrecondition, InvalidRequest, NotFound, SegcoreError
 from segcore.weights import LoadedModel
 from services.serving.config import ServeConfig
-from services.serving.directory.base import Directory, Name, Stored, absent, changed
+from services.serving.directory.base import Directory, Name, Stored, absent, changed, request_name
 from services.serving.live import Live
 from services.serving.lives import Lives
 from services.serving.messages import DocumentInfo, SessionInfo, SessionPage, check_name, check_request_id, check_tenant
@@ -158,6 +158,18 @@ class Catalog:
         record, log = await asyncio.to_thread(import_bytes, data, self._engine.spec.vocabulary)
         digest = digest_of("import", data=data[-32:].hex())
         return await self._make(name, record, log, request_id, digest)
+
+    async def once(self, tenant: str, request_id: str, digest: str) -> None:
+        """Remember for an hour what a call of no session asks for. Raises AlreadyExists if its id stood for another."""
+        check_tenant(tenant)
+        check_request_id(request_id)
+        name = request_name(tenant, request_id)
+        record = Record(model=self._model.name, fingerprint={}, create_time=time.time(), ttl_s=_REMNANT_S)
+        record.remember(request_id, Done(digest=digest))
+        try:
+            await self._lives.run(self._directory.create, name, record.to_bytes(), ttl_s=_REMNANT_S)
+        except AlreadyExists:
+            Record.read((await self._read(name)).record).known(request_id, digest)
 
     async def count(self, tenant: str, most: int) -> int:
         """How many sessions there are, but at most `most`."""

@@ -157,6 +157,9 @@ class EngineDeployment:
     async def count(self, tenant: str, most: int) -> int:
         return await self._sessions.count(tenant, most)
 
+    async def once(self, tenant: str, **options: Any) -> None:
+        await self._sessions.once(tenant, **options)
+
     async def complete(
         self, tenant: str, prompt: Prompt, params: SamplingParams, after: int
     ) -> AsyncIterator[AnswerPart]:

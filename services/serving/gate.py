@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray.serve import context as serve_context
@@ -21,6 +21,7 @@ from services.serving.engines import Engines, as_segcore_error
 from services.serving.logs import log_fields
 from services.serving.messages import AnswerPart, Prompt, UploadAck
 from services.serving.metrics import METER
+from services.serving.record import digest_of
 from services.serving.status import code_of
 from services.serving.tenants import OPEN, Quotas, Tenant, Tenants
 from services.serving.tracing import span
@@ -114,9 +115,17 @@ class Gate:
                 self._quotas.charge(tenant, "tokens", part.answer_tokens)
                 yield part
 
-    async def complete(self, tenant: Tenant, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[AnswerPart]:
-        """The answer to a prompt that stands for itself, within the tenant's limit."""
+    async def complete(
+        self, tenant: Tenant, prompt: Prompt, params: SamplingParams, request_id: str = ""
+    ) -> AsyncGenerator[AnswerPart]:
+        """The answer to a prompt that stands for itself, within the tenant's limit.
+
+        Under a request_id it is the same each time; raises AlreadyExists if that stood for another call.
+        """
         self._quotas.take(tenant, "tokens", 0)
+        if request_id:
+            digest = digest_of("complete", prompt=prompt, params=asdict(params))
+            await self.engines.call("once", tenant.name, request_id=request_id, digest=digest)
         async with aclosing(self.engines.complete(tenant.name, prompt, params)) as parts:
             async for part in parts:
                 self._quotas.charge(tenant, "tokens", part.prompt_tokens + part.answer_tokens)

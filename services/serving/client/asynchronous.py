@@ -202,8 +202,8 @@ class AsyncClient:
         )
         patience = Patience(deadline)
         while True:
-            if deadline.left_s is not None:
-                request.timeout.CopyFrom(codec.duration(deadline.left_s))
+            if (left := codec.duration(deadline.left_s)) is not None:
+                request.timeout.CopyFrom(left)
             call = self._generation.Generate(request, metadata=self._route(session_id), timeout=deadline.wait_s)
             try:
                 with typed_errors():

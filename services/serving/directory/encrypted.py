@@ -59,7 +59,7 @@ class EncryptedDirectory:
         self._inner.delete(name, self._seal(name, "record", remnant), keep_s, generation)
 
     def _seal(self, name: Name, kind: str, value: bytes) -> bytes:
-        return self._keys.seal(name.tenant, _bound(name, kind), value)
+        return self._keys.seal(name.owner, _bound(name, kind), value)
 
     def _unsealed(self, name: Name, stored: Stored) -> Stored:
         return replace(stored, record=self._keys.unseal(_bound(name, "record"), stored.record))
