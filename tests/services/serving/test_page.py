@@ -66,6 +66,20 @@ async def test_a_document_is_read_asked_about_and_forked(front, document):
         assert tab.complaints == []
 
 
+async def test_a_dropped_file_is_uploaded(front, engine, document):
+    served = front()
+    async with chromium() as tab:
+        await tab.open(served.http)
+        await tab.until("!at('send').disabled")
+        await tab.drop_file("#drop", document)
+        await tab.until("current.documents[0]?.finished === true")
+        assert await tab.js("at('text').textContent") == DOCUMENT
+        assert await tab.js("!at('drop').classList.contains('over') && at('notice').hidden")
+        kept = served.call(engine._sessions.document_bytes("", await tab.js("current.id"), "d1"))
+        assert kept == DOCUMENT.encode()
+        assert tab.complaints == []
+
+
 async def test_what_is_wrong_is_said_and_the_session_goes_on(front, tmp_path, document):
     served, binary = front(), tmp_path / "image.png"
     binary.write_bytes(b"The first pieces are text. " * 60 + b"PNG\0\0")
