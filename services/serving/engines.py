@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -80,6 +81,7 @@ class Engines:
     ) -> UploadAck:
         """`Sessions.append`, until there is room. ends: when the caller's time is up, by the monotonic clock."""
         patience, way, tried, stop = self._patience(), self._way(session_id), False, str(offset + len(data))
+        tokens = 0
         while True:
             try:
                 where = (tenant, session_id, document_id, offset, data)
@@ -92,8 +94,9 @@ class Engines:
                     tried = True
                     continue
             else:
+                tokens += ack.input_tokens
                 if not ack.waiting:
-                    return ack
+                    return replace(ack, input_tokens=tokens)
             offset, data = int(stop), b""
 
     async def finish(
@@ -106,11 +109,13 @@ class Engines:
         ends: float | None = None,
     ) -> UploadAck:
         """`Sessions.finish`, until all has been run."""
+        tokens = 0
         while True:
             where = (tenant, session_id, document_id, total_bytes, sha256)
             ack: UploadAck = await self.call("finish", *where, timeout_s=_left(ends))
+            tokens += ack.input_tokens
             if ack.finished:
-                return ack
+                return replace(ack, input_tokens=tokens)
 
     async def export(self, tenant: str, session_id: str) -> AsyncIterator[bytes]:
         """`Sessions.export`; a broken one isn't taken up."""

@@ -98,10 +98,26 @@ class Gate:
     async def append(
         self, tenant: Tenant, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None
     ) -> UploadAck:
-        """Bytes of a document, within the tenant's limit. Raises Busy, and what `Engines.append` raises."""
+        """Bytes of a document, within the tenant's limits. Raises Busy, and what `Engines.append` raises."""
+        self._quotas.take(tenant, "tokens", 0)
         self._quotas.take(tenant, "bytes", len(data))
         ack = await self.engines.append(tenant.name, session_id, document_id, offset, data, ends)
         METER.count("segcore_uploaded_bytes", len(data))
+        self._quotas.charge(tenant, "tokens", ack.input_tokens)
+        return ack
+
+    async def finish(
+        self,
+        tenant: Tenant,
+        session_id: str,
+        document_id: str,
+        total_bytes: int,
+        sha256: bytes,
+        ends: float | None = None,
+    ) -> UploadAck:
+        """`Engines.finish`; what it runs counts, and is never refused."""
+        ack = await self.engines.finish(tenant.name, session_id, document_id, total_bytes, sha256, ends)
+        self._quotas.charge(tenant, "tokens", ack.input_tokens)
         return ack
 
     async def answer(
@@ -110,9 +126,8 @@ class Gate:
         """A session's answer, within the tenant's limit; options: those of `Engines.generate`."""
         self._quotas.take(tenant, "tokens", 0)
         answer = self.engines.generate(tenant.name, session_id, question, params, **options)
-        async with aclosing(answer) as parts:
+        async with aclosing(self._charged(tenant, answer, options.get("after", 0))) as parts:
             async for part in parts:
-                self._quotas.charge(tenant, "tokens", part.answer_tokens)
                 yield part
 
     async def complete(
@@ -126,7 +141,16 @@ class Gate:
         if request_id:
             digest = digest_of("complete", prompt=prompt, params=asdict(params))
             await self.engines.call("once", tenant.name, request_id=request_id, digest=digest)
-        async with aclosing(self.engines.complete(tenant.name, prompt, params)) as parts:
+        async with aclosing(self._charged(tenant, self.engines.complete(tenant.name, prompt, params))) as parts:
             async for part in parts:
-                self._quotas.charge(tenant, "tokens", part.prompt_tokens + part.answer_tokens)
+                yield part
+
+    async def _charged(
+        self, tenant: Tenant, answer: AsyncGenerator[AnswerPart], after: int = 0
+    ) -> AsyncGenerator[AnswerPart]:
+        """An answer's parts, each of which counts as it comes, so that who leaves before the end has paid, too."""
+        async with aclosing(answer) as parts:
+            async for part in parts:
+                self._quotas.charge(tenant, "tokens", part.input_tokens + part.token_index - after)
+                after = part.token_index
                 yield part

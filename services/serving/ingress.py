@@ -216,7 +216,9 @@ class Ingress:
                     call.tenant, *where[1:], request.data.offset, request.data.data, time.ends
                 )
             else:
-                ack = await self._engines.finish(*where, request.finish.total_bytes, request.finish.sha256, time.ends)
+                ack = await self._gate.finish(
+                    call.tenant, *where[1:], request.finish.total_bytes, request.finish.sha256, time.ends
+                )
             time.details["committed_offset"] = ack.committed_offset
             yield codec.ack_to(ack, self._config.window_bytes)
             if ack.finished:

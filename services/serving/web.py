@@ -132,7 +132,7 @@ async def finish(request: Request, gate: Gate, tenant: Tenant) -> Response:
         total, digest = said["total_bytes"], bytes.fromhex(said["sha256"])
     except (KeyError, ValueError):
         raise InvalidRequest("finish needs total_bytes and sha256, in hexadecimal", field="sha256") from None
-    ack = await gate.engines.finish(tenant.name, session_id, document_id, total, digest)
+    ack = await gate.finish(tenant, session_id, document_id, total, digest)
     return JSONResponse(_ack(ack, gate))
 
 

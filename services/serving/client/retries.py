@@ -17,6 +17,8 @@ from services.serving.status import error_of
 T = TypeVar("T")
 
 _RETRY_SECONDS = (0.1, 0.3, 1.0, 3.0, 6.0)
+# As long as a service asks for, at most: what a tenant has used beyond its limit takes its time to be made up for.
+_LONGEST_SECONDS = 300.0
 _WORD_SECONDS = 1.0
 
 
@@ -54,7 +56,7 @@ class Patience:
         pause = next(self._pauses, None) if isinstance(error, Unavailable) or asked is not None else None
         if pause is None:
             raise error
-        pause = pause if asked is None else min(max(float(asked), pause), _RETRY_SECONDS[-1])
+        pause = pause if asked is None else min(max(float(asked), pause), _LONGEST_SECONDS)
         left = self._deadline.left_s
         if left is not None and left <= pause:
             await asyncio.sleep(left)

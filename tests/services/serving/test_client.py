@@ -1,8 +1,9 @@
-"""The Python clients' deadlines and generations, over a real channel."""
+"""The Python clients' deadlines, generations and patience, over a real channel."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -14,10 +15,12 @@ import pytest
 
 from protos.gen.segcore.v1 import segcore_pb2 as pb
 from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
-from segcore.errors import Conflict, DeadlineExceeded, SegcoreError
+from segcore.errors import Busy, Conflict, DeadlineExceeded, SegcoreError, Unavailable
 from segcore.sampling import SamplingParams
 from services.serving.client import AsyncClient, Client
+from services.serving.client.retries import Deadline, Patience
 from services.serving.status import error_of
+from services.serving.tenants import token_hash
 from tests.services.serving.conftest import DOCUMENT, QUESTION
 from tests.services.serving.fronts import RunningFront
 
@@ -176,3 +179,95 @@ def test_an_answer_is_ended_by_its_name_alone(client):
     client.cancel_answer(session, request_id="mine")
     assert not client.get_session(session).answering
     assert list(parts)[-1].finish_reason is None
+
+
+LIMIT = 30_000
+
+
+@pytest.fixture
+def limited(front: Callable[..., RunningFront], tmp_path) -> RunningFront:
+    """A front whose only tenant may run 30,000 tokens a minute, and has none left of the last."""
+    file = tmp_path / "tenants.json"
+    tenant = {"name": "t", "tokens": [token_hash("t")], "tokens_per_minute": LIMIT}
+    file.write_text(json.dumps({"tenants": [tenant]}))
+    made = front(tenants=file)
+    use_up(made)
+    return made
+
+
+def use_up(served: RunningFront) -> None:
+    quotas, tenant = served.gate._quotas, served.gate._tenants.authenticate("Bearer t")
+    quotas.charge(tenant, "tokens", 0)
+    quotas.charge(tenant, "tokens", int(quotas._bucket(tenant, "tokens").level))
+
+
+def test_documents_tokens_count_and_an_upload_goes_on_after_the_hint(limited, engine):
+    """It is refused again and again in its middle; nothing of it is lost, or there twice."""
+    refused: list[float] = []
+    take = limited.gate._quotas.take
+
+    def told(*args: object) -> None:
+        try:
+            take(*args)
+        except Busy as busy:
+            refused.append(float(busy.details["retry_after_s"]))
+            raise
+
+    limited.gate._quotas.take = told
+    with Client(limited.grpc, token="t") as client:
+        session = client.create_session().session_id
+        began = time.monotonic()
+        client.upload(session, DOCUMENT, document_id="d")
+        tokens = client.get_session(session).processed_tokens
+        assert time.monotonic() - began > (tokens - 300) * 60 / LIMIT  # but for the last message all was made up for
+        assert len(refused) >= 3
+        assert limited.call(engine._sessions.document_bytes("t", session, "d")) == DOCUMENT
+        question = "When? " * 100
+        list(client.generate(session, question, SamplingParams(max_tokens=4)))
+        refused.clear()
+        use_up(limited)
+        list(client.generate(session, question, SamplingParams(max_tokens=4)))
+        list(client.generate(session, "?", SamplingParams(max_tokens=4)))
+        assert refused[-1] > 500 * 60 / LIMIT  # a question counts, too
+        client.delete_session(session)
+
+
+def test_a_limit_is_told_with_a_hint_and_what_was_committed_stays(limited):
+    metadata = [("authorization", "Bearer t"), ("session_id", "hinted")]
+    with grpc.insecure_channel(limited.grpc) as channel:
+        stubs.SessionServiceStub(channel).CreateSession(
+            pb.CreateSessionRequest(session_id="hinted"), metadata=metadata, timeout=20
+        )
+        time.sleep(0.1)
+        requests = [
+            pb.UploadDocumentRequest(header=pb.DocumentHeader(session_id="hinted", document_id="d")),
+            pb.UploadDocumentRequest(data=pb.DocumentData(offset=0, data=DOCUMENT[:800])),
+            pb.UploadDocumentRequest(data=pb.DocumentData(offset=800, data=DOCUMENT[800:])),
+        ]
+        documents = stubs.DocumentServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(documents.UploadDocument(iter(requests), metadata=metadata, timeout=20))
+        request = pb.GetDocumentRequest(session_id="hinted", document_id="d")
+        found = documents.GetDocument(request, metadata=metadata, timeout=20).document
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    error = error_of(caught.value)
+    assert float(error.details["retry_after_s"]) > 0.5
+    assert (found.committed_offset, found.finished) == (800, False)
+    with Client(limited.grpc, token="t") as client:
+        client.delete_session("hinted")
+
+
+async def test_a_long_hint_is_heeded(monkeypatch):
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    patience = Patience()
+    await patience.wait(Busy("a limit", retry_after_s=40))
+    await patience.wait(Unavailable("away"))
+    assert slept == [40, 0.3]
+    with pytest.raises(DeadlineExceeded) as caught:
+        await Patience(Deadline(1)).wait(Busy("a limit", retry_after_s=40))
+    assert caught.value.details["retry_after_s"] == "40"
