@@ -43,6 +43,7 @@ def session_to(info: SessionInfo) -> pb.Session:
         ttl=duration(info.ttl_s),
         points=info.points,
         answering=info.answering,
+        unreadable=info.unreadable,
     )
 
 
@@ -59,6 +60,7 @@ def session_from(message: pb.Session) -> SessionInfo:
         ttl_s=seconds_from(message, "ttl"),
         points=list(message.points),
         answering=message.answering,
+        unreadable=message.unreadable,
     )
 
 

@@ -36,20 +36,22 @@ class DocumentInfo:
 class SessionInfo:
     """generation: how many writes there were. points: positions in the stream, in tokens, to which it can be rewound.
 
-    Of a session that no replica works on, all tokens count as processed.
+    Of a session that no replica works on, all tokens count as processed. unreadable: in a list, why nothing but the
+    name is known.
     """
 
     session_id: str
-    model: str
-    create_time: float
-    processed_tokens: int
-    pending_tokens: int
-    segments: int
-    documents: list[DocumentInfo]
+    model: str = ""
+    create_time: float = 0.0
+    processed_tokens: int = 0
+    pending_tokens: int = 0
+    segments: int = 0
+    documents: list[DocumentInfo] = field(default_factory=list)
     generation: int = 0
     ttl_s: float | None = None
     points: list[int] = field(default_factory=list)
     answering: bool = False
+    unreadable: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

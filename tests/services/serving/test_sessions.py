@@ -288,6 +288,11 @@ async def test_a_damaged_log_is_told(replica):
     database.execute("DELETE FROM log WHERE position = 2")
     with pytest.raises(SessionLost):
         await ask(other)
+    database.execute("UPDATE sessions SET record = x'00'")
+    (info,) = (await other.list_sessions("")).sessions
+    assert (info.session_id, "can't be read" in info.unreadable) == ("s", True)
+    await other.delete("", "s")
+    assert (await other.list_sessions("")).sessions == []
 
 
 async def test_an_engines_failure_costs_no_session(replica, undisturbed, monkeypatch):
