@@ -58,10 +58,11 @@ def test_serves_own_proxy_is_a_way_in_too(address, config):
 
 
 def test_prometheus_finds_our_metrics(address, client, session):
-    client.upload(session, "A text about streams of tokens.")
+    client.upload(session, "A text about streams of tokens. " * 40)  # long enough for the index to miss some
     list(client.generate(session, "What?", SamplingParams(max_tokens=4)))
     port = ray.nodes()[0]["MetricsExportPort"]
-    wanted = {exported("segcore_requests"), exported("segcore_past_bytes"), "ray_segcore_first_token_seconds_bucket"}
+    wanted = {exported(name) for name in ("segcore_requests", "segcore_past_bytes", "segcore_index_tokens")}
+    wanted.add("ray_segcore_first_token_seconds_bucket")
     text, ends = "", time.monotonic() + 90
     while not all(name in text for name in wanted) and time.monotonic() < ends:
         time.sleep(2)
