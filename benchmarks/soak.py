@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from pydoc_data import topics
 from typing import TypeVar
@@ -105,17 +106,25 @@ class Worker:
                 raise
 
 
-def processes(deployment: str, *, at_work: bool) -> list[psutil.Process]:
-    """A deployment's replicas. at_work: those that carry out a call; Serve gives up if it sees replicas die that
-    start."""
+def is_engine(process: psutil.Process) -> bool:
+    """Whether it is an engine, one that starts or ends among them."""
+    with suppress(psutil.Error):
+        return "ServeReplica:segcore:engine" in " ".join(process.cmdline())
+    return False
+
+
+def running(deployment: str) -> list[psutil.Process]:
+    """A deployment's replicas that run; of those that start, Serve gives a deployment up if it sees some die."""
+    from ray.serve.context import _get_global_client
+
+    from services.serving.app import APPLICATION
+
+    replicas = _get_global_client().get_serve_details()["applications"][APPLICATION]["deployments"][deployment]
     found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            title = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if f"ServeReplica:segcore:{deployment}" in title and (not at_work or "handle_request" in title):
-            found.append(process)
+    for replica in replicas["replicas"]:
+        if replica["state"] == "RUNNING":
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(replica["pid"]))
     return found
 
 
@@ -161,17 +170,18 @@ class Soak:
             if self.over.wait(random.uniform(*KILL_EVERY_S)):
                 return
             front = number % FRONT_KILLS == 0
-            running = processes("ingress", at_work=False) if front else processes("engine", at_work=True)
-            if running:
-                os.kill(random.choice(running).pid, signal.SIGKILL)
+            found = running("ingress" if front else "engine")
+            if found:
+                os.kill(random.choice(found).pid, signal.SIGKILL)
                 self.count("fronts killed" if front else "engines killed")
 
     def sample(self) -> None:
         """Resident bytes of the service: of all but the engines, which come and go, and of the largest engine."""
         mine = psutil.Process()
         while not self.over.wait(SAMPLE_EVERY_S):
-            engines = processes("engine", at_work=False)
-            others = [p for p in [mine, *mine.children(recursive=True)] if p not in engines]
+            ours = [mine, *mine.children(recursive=True)]
+            engines = [process for process in ours if is_engine(process)]
+            others = [process for process in ours if process not in engines]
             self.samples.append(
                 {
                     "seconds": time.monotonic() - self._began,

@@ -14,7 +14,7 @@ from typing import Any
 from ray.serve import context as serve_context
 from ray.serve.handle import DeploymentHandle
 
-from segcore.errors import Busy, Cancelled, SegcoreError
+from segcore.errors import Busy, Cancelled, NotFound, SegcoreError
 from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
 from services.serving.engines import Engines, as_segcore_error
@@ -88,12 +88,15 @@ class Gate:
         told = {"face": face, "method": method, "code": code, "seconds": round(seconds, 4), "tenant": call.tenant.name}
         log.info("call", extra={"fields": told})
 
-    async def check_sessions(self, tenant: Tenant) -> None:
-        """Raise Busy if the tenant has as many sessions as it may."""
-        if tenant.sessions is not None:
-            count = await self.engines.call("count", tenant.name, most=tenant.sessions)
-            if count >= tenant.sessions:
-                raise Busy(f"all {tenant.sessions} sessions are in use; delete one")
+    async def check_sessions(self, tenant: Tenant, new_id: str) -> None:
+        """Raise Busy if the tenant has as many sessions as it may; one that has the new one, too, calls again."""
+        most = tenant.sessions
+        if most is None or await self.engines.call("count", tenant.name, most=most) < most:
+            return
+        try:
+            await self.engines.call("get", tenant.name, new_id)
+        except NotFound:
+            raise Busy(f"all {most} sessions are in use; delete one") from None
 
     async def append(
         self, tenant: Tenant, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None

@@ -117,8 +117,8 @@ class Ingress:
     @_unary(pb.CreateSessionResponse)
     async def CreateSession(self, request: pb.CreateSessionRequest, call: Call) -> pb.CreateSessionResponse:
         session_id = request.session_id or call.metadata("session_id") or session_id_for(request.request_id)
-        await self._gate.check_sessions(call.tenant)
         where, ttl_s = _checked(session_id, call), codec.seconds_from(request, "ttl")
+        await self._gate.check_sessions(call.tenant, session_id)
         info = await self._engines.call("create", *where, request.model, ttl_s=ttl_s, request_id=request.request_id)
         return pb.CreateSessionResponse(session=codec.session_to(info))
 
@@ -143,8 +143,8 @@ class Ingress:
     @_unary(pb.ForkSessionResponse)
     async def ForkSession(self, request: pb.ForkSessionRequest, call: Call) -> pb.ForkSessionResponse:
         where = _checked(request.session_id, call)
-        await self._gate.check_sessions(call.tenant)
         new_id = request.new_session_id or session_id_for(request.request_id)
+        await self._gate.check_sessions(call.tenant, new_id)
         info = await self._engines.call("fork", *where, new_id, **codec.options_from(request))
         return pb.ForkSessionResponse(session=codec.session_to(info))
 
@@ -178,7 +178,7 @@ class Ingress:
         first = first or pb.ImportSessionRequest()
         session_id = first.session_id or call.metadata("session_id") or session_id_for(first.request_id)
         where = _checked(session_id, call)
-        await self._gate.check_sessions(call.tenant)
+        await self._gate.check_sessions(call.tenant, session_id)
         info = await self._engines.call("import_session", *where, bytes(data), request_id=first.request_id)
         return pb.ImportSessionResponse(session=codec.session_to(info))
 

@@ -72,7 +72,7 @@ async def create_session(request: Request, gate: Gate, tenant: Tenant) -> Respon
     request_id = wanted.get("request_id", "")
     name = wanted.get("session_id") or session_id_for(request_id)
     check_name("session_id", name)
-    await gate.check_sessions(tenant)
+    await gate.check_sessions(tenant, name)
     info = await gate.engines.call("create", tenant.name, name, wanted.get("model", ""), request_id=request_id)
     return JSONResponse(dataclasses.asdict(info), 201)
 
@@ -94,7 +94,7 @@ async def fork(request: Request, gate: Gate, tenant: Tenant) -> Response:
     request_id = wanted.get("request_id", "")
     new = wanted.get("session_id") or session_id_for(request_id)
     check_name("session_id", new)
-    await gate.check_sessions(tenant)
+    await gate.check_sessions(tenant, new)
     info = await gate.engines.call("fork", tenant.name, name, new, request_id=request_id)
     return JSONResponse(dataclasses.asdict(info), 201)
 
