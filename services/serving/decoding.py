@@ -1,14 +1,19 @@
-"""Requests that can't be decoded: gRPC would call them a fault of the service's; they are the caller's."""
+"""Requests as they come: in their time, and decoded.
+
+Those that can't be decoded gRPC would call a fault of the service's; they are the caller's.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from segcore.errors import InvalidRequest
+from segcore.errors import DeadlineExceeded, InvalidRequest
 
 
 class Undecodable:
@@ -51,3 +56,33 @@ async def all_decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
         check_decoded(request)
         yield request
+
+
+class Time:
+    """The time that a call says it has. ends: by the monotonic clock; None: no limit. details: of the error then."""
+
+    def __init__(self) -> None:
+        self.ends: float | None = None
+        self.details: dict[str, object] = {}
+
+    def begin(self, seconds: float | None) -> None:
+        self._seconds, self.ends = seconds, None if seconds is None else time.monotonic() + seconds
+
+    async def holds(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """A stream's requests. Raises DeadlineExceeded once the time is up, whether more come or not."""
+        coming = aiter(requests)
+        while True:
+            left = None if self.ends is None else self.ends - time.monotonic()
+            if left is not None and left <= 0:
+                raise self._over()
+            try:
+                async with asyncio.timeout(left):
+                    request = await anext(coming, None)
+            except TimeoutError:
+                raise self._over() from None
+            if request is None:
+                return
+            yield request
+
+    def _over(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"the time of {self._seconds} s is up; the call can be continued", **self.details)

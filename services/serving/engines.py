@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -28,7 +29,7 @@ from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck,
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Those whose results are kept by a request_id; the others can be repeated as they are.
+# Those whose results are kept by a request_id; the others can be repeated as they are, unless they expect a generation.
 _BY_REQUEST = ("create", "delete", "fork", "rewind", "import_session")
 _LONGEST_WAIT_S = 1.0
 # How long a call is tried on after its first failure, beside the time that a lost replica's lease lasts.
@@ -50,7 +51,8 @@ class Engines:
 
     async def call(self, method: str, tenant: str, session_id: str = "", *args: Any, **options: Any) -> Any:
         """One call, once a replica has answered it."""
-        if method in _BY_REQUEST and not options.get("request_id"):
+        once = method in _BY_REQUEST or options.get("expected_generation") is not None
+        if once and not options.get("request_id"):
             options["request_id"] = uuid.uuid4().hex
         patience, way = self._patience(), self._way(session_id)
         who = (tenant, session_id) if session_id else (tenant,)
@@ -79,6 +81,7 @@ class Engines:
     ) -> UploadAck:
         """`Sessions.append`, until there is room. ends: when the caller's time is up, by the monotonic clock."""
         patience, way, tried, stop = self._patience(), self._way(session_id), False, str(offset + len(data))
+        tokens = 0
         while True:
             try:
                 where = (tenant, session_id, document_id, offset, data)
@@ -91,8 +94,9 @@ class Engines:
                     tried = True
                     continue
             else:
+                tokens += ack.input_tokens
                 if not ack.waiting:
-                    return ack
+                    return replace(ack, input_tokens=tokens)
             offset, data = int(stop), b""
 
     async def finish(
@@ -105,11 +109,13 @@ class Engines:
         ends: float | None = None,
     ) -> UploadAck:
         """`Sessions.finish`, until all has been run."""
+        tokens = 0
         while True:
             where = (tenant, session_id, document_id, total_bytes, sha256)
             ack: UploadAck = await self.call("finish", *where, timeout_s=_left(ends))
+            tokens += ack.input_tokens
             if ack.finished:
-                return ack
+                return replace(ack, input_tokens=tokens)
 
     async def export(self, tenant: str, session_id: str) -> AsyncIterator[bytes]:
         """`Sessions.export`; a broken one isn't taken up."""
@@ -153,7 +159,7 @@ class Engines:
             raise
         finally:
             if not (named or finished):
-                await self.call("cancel_answer", tenant, session_id)
+                await self.call("cancel_answer", tenant, session_id, request_id=request_id)
 
     async def complete(self, tenant: str, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[AnswerPart]:
         """`Completions.complete`, over as many replicas as it takes: another one says the same from the beginning."""

@@ -107,8 +107,8 @@ class CutOff(Tier):
 
 
 async def whole(engines: Engines) -> list[str]:
-    await engines.call("create", "", "s")
-    ack = await engines.call("open_document", "", "s", "d", None)
+    made = await engines.call("create", "", "s")
+    ack = await engines.call("open_document", "", "s", "d", None, expected_generation=made.generation)
     while ack.committed_offset < len(DOCUMENT):
         at = ack.committed_offset
         ack = await engines.append("", "s", "d", at, DOCUMENT[at : at + 199])

@@ -11,7 +11,8 @@ import pytest
 
 from segcore.errors import AlreadyExists, Conflict, LeaseLost, NotFound, SegcoreError, Unavailable
 from services.serving.directory import open_directory
-from services.serving.directory.base import Directory, Name
+from services.serving.directory.base import Directory, Name, request_name
+from services.serving.directory.redis import RedisDirectory
 
 LONG_S = 1000.0
 S = Name("tenant", "s")
@@ -190,6 +191,17 @@ def test_time_to_live(directory):
         directory.claim(S, "a", LONG_S)
     directory.create(S, b"new")
     assert list(directory.log(S)) == []
+
+
+def test_requests_of_no_session_are_never_listed(directory):
+    name = request_name("tenant", "r")
+    directory.create(name, b"record", ttl_s=LONG_S)
+    assert directory.read(name).record == b"record"
+    assert directory.names("tenant", "", 10) == []
+    with pytest.raises(AlreadyExists):
+        directory.create(name, b"other")
+    if isinstance(directory, RedisDirectory):  # no listing ever removes a name of theirs from an index
+        assert len(directory._redis.keys("segcore:*requests*")) == 1
 
 
 def test_names_by_tenant_and_page(directory):
