@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -54,8 +55,11 @@ def say(record_property: Callable[[str, object], None]) -> Callable[[object], No
 
 
 def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
-    reports = [report for each in terminalreporter.stats.values() for report in each if hasattr(report, "user_properties")]
-    said = {f"{report.nodeid}: {text}": None for report in reports for name, text in report.user_properties if name == "said"}
+    said: dict[str, None] = {}  # each once, though setup and teardown repeat what the call said
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "said":
+                said[f"{report.nodeid}: {text}"] = None
     if said:
         terminalreporter.section("said by tests")
         terminalreporter.write_line("\n".join(said))
