@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -169,3 +169,14 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
     yield server
     server.signal(signal.SIGCONT)
     server.kill()
+
+
+@pytest.fixture
+def tell(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Prints, for those who run the suite, what a test of a fault did and what was lost."""
+
+    def say(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{text}")  # noqa: T201 - what it is for
+
+    return say
