@@ -45,7 +45,7 @@ TEXT = "\n\n".join(topics.topics.values())
 DOCUMENTS = [(start, length) for length in (500, 2_000, 5_000) for start in (0, 100_000)]
 QUESTION = "What is the assert statement used for?"
 ANSWERS = (SamplingParams(max_tokens=40), SamplingParams(max_tokens=40, temperature=1.0, seed=7))
-KILL_EVERY_S = (15.0, 50.0)
+KILL_EVERY_S = (10.0, 40.0)
 # Every so many-th kill is the front's.
 FRONT_KILLS = 6
 # A call that fails for so long isn't made again: it is lost.
@@ -170,7 +170,8 @@ class Soak:
             if self.over.wait(random.uniform(*KILL_EVERY_S)):
                 return
             front = number % FRONT_KILLS == 0
-            found = running("ingress" if front else "engine")
+            while not (found := running("ingress" if front else "engine")) and not self.over.wait(1):
+                pass
             if found:
                 os.kill(random.choice(found).pid, signal.SIGKILL)
                 self.count("fronts killed" if front else "engines killed")

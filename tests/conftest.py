@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def say(record_property: Callable[[str, object], None]) -> Callable[[object], None]:
+def tell(record_property: Callable[[str, object], None]) -> Callable[[object], None]:
     """Tells what a test did, and what was lost, to whoever runs the tests: at the run's end."""
     return partial(record_property, "said")
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from segcore.errors import DeadlineExceeded, InvalidRequest
+from segcore.errors import Busy, DeadlineExceeded, InvalidRequest, Unavailable
 
 
 class Undecodable:
@@ -59,7 +60,10 @@ async def all_decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 
 class Time:
-    """The time that a call says it has. ends: by the monotonic clock; None: no limit. details: of the error then."""
+    """The time that a call says it has. ends: by the monotonic clock; None: no limit.
+
+    details: how far it has come, for errors after which it can be continued.
+    """
 
     def __init__(self) -> None:
         self.ends: float | None = None
@@ -83,6 +87,15 @@ class Time:
             if request is None:
                 return
             yield request
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Add the details to such errors."""
+        try:
+            yield
+        except (Busy, DeadlineExceeded, Unavailable) as error:
+            error.details = {name: str(value) for name, value in self.details.items()} | error.details
+            raise
 
     def _over(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"the time of {self._seconds} s is up; the call can be continued", **self.details)

@@ -19,7 +19,7 @@ from services.serving.config import ServeConfig
 from services.serving.decoding import Time, all_decoded, check_decoded
 from services.serving.engines import as_segcore_error
 from services.serving.gate import Gate
-from services.serving.messages import check_name, session_id_for
+from services.serving.messages import UploadAck, check_name, session_id_for
 from services.serving.status import code_of, trailers_of
 from services.serving.tenants import Tenant
 
@@ -209,20 +209,30 @@ class Ingress:
             where = (*_checked(header.session_id, call), header.document_id)
             if kind == "header":
                 time.begin(codec.seconds_from(header, "timeout"))
-                total = header.total_bytes if header.HasField("total_bytes") else None
-                ack = await self._engines.call("open_document", *where, total, **codec.options_from(header))
-            elif kind == "data":
-                ack = await self._gate.append(
-                    call.tenant, *where[1:], request.data.offset, request.data.data, time.ends
-                )
-            else:
-                ack = await self._gate.finish(
-                    call.tenant, *where[1:], request.finish.total_bytes, request.finish.sha256, time.ends
-                )
+            with time.told():
+                ack = await self._upload_step(request, header, call.tenant, where, time.ends)
             time.details["committed_offset"] = ack.committed_offset
             yield codec.ack_to(ack, self._config.window_bytes)
             if ack.finished:
                 return
+
+    async def _upload_step(
+        self,
+        request: pb.UploadDocumentRequest,
+        header: pb.DocumentHeader,
+        tenant: Tenant,
+        where: tuple[str, str, str],
+        ends: float | None,
+    ) -> UploadAck:
+        """One request of an upload. where: tenant, session, document."""
+        if request.HasField("header"):
+            total = header.total_bytes if header.HasField("total_bytes") else None
+            options = codec.options_from(header)
+            opened: UploadAck = await self._engines.call("open_document", *where, total, **options)
+            return opened
+        if request.HasField("data"):
+            return await self._gate.append(tenant, *where[1:], request.data.offset, request.data.data, ends)
+        return await self._gate.finish(tenant, *where[1:], request.finish.total_bytes, request.finish.sha256, ends)
 
     @_streaming(pb.GenerateResponse)
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> AsyncGenerator[pb.GenerateResponse]:

@@ -94,7 +94,7 @@ def two_fronts_listen(port: int) -> None:
         time.sleep(0.1)
 
 
-def test_a_front_killed_in_an_upload_costs_no_byte_and_doubles_none(address, client, session):
+def test_a_front_killed_in_an_upload_costs_no_byte_and_doubles_none(address, client, session, tell):
     """The client's call is the same as for an undisturbed session, and goes on by itself."""
     document, port = "Entry: the café at № 7 opens at 9 o'clock.\n" * 120, int(address.split(":")[1])
     undisturbed = client.create_session().session_id
@@ -114,10 +114,11 @@ def test_a_front_killed_in_an_upload_costs_no_byte_and_doubles_none(address, cli
     assert (info.points, info.processed_tokens) == (other.points, other.processed_tokens)
     texts = ["".join(part.text for part in client.generate(name, "When?")) for name in (session, undisturbed)]
     assert texts[0] == texts[1]
+    tell("a front killed in an upload: 0 bytes lost, 0 twice")
     client.delete_session(undisturbed)
 
 
-def test_a_killed_front_costs_no_token(address, config, client, session):
+def test_a_killed_front_costs_no_token(address, config, client, session, tell):
     """Two fronts share the port; the one that the client is connected to is killed in the middle of an answer."""
     client.upload(session, "A text about streams of tokens. " * 20)
     params = SamplingParams(max_tokens=60, stop=("\u00ff",))
@@ -132,3 +133,4 @@ def test_a_killed_front_costs_no_token(address, config, client, session):
             assert kill_our_front(port)
         text += part.text
     assert text == expected
+    tell("a front killed in an answer: 0 tokens lost, 0 twice")

@@ -86,12 +86,12 @@ def scaled_back(config: ServeConfig) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("scaled_back")
-def test_fewer_engines_and_more_again_lose_nothing(address, client, say):
+def test_fewer_engines_and_more_again_lose_nothing(address, client, tell):
     with Load(address) as load:
         for replicas in (REPLICAS, 1, REPLICAS):
             scale(replicas, WAIT_S)
             load.some_more()
-    say(f"{REPLICAS} -> 1 -> {REPLICAS} engines under {CLIENTS} clients: {dict(load.counts)}")
+    tell(f"{REPLICAS} -> 1 -> {REPLICAS} engines under {CLIENTS} clients: {dict(load.counts)}")
     assert load.faults == []
     assert load.counts["different"] == load.counts["lost"] == 0
     assert not [info for info in client.list_sessions() if info.answering]

@@ -252,6 +252,7 @@ def test_a_limit_is_told_with_a_hint_and_what_was_committed_stays(limited):
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     error = error_of(caught.value)
     assert float(error.details["retry_after_s"]) > 0.5
+    assert error.details["committed_offset"] == "800"
     assert (found.committed_offset, found.finished) == (800, False)
     with Client(limited.grpc, token="t") as client:
         client.delete_session("hinted")
