@@ -176,7 +176,7 @@ async def test_time_to_live(replica):
 
 
 async def test_far_more_sessions_than_the_engine_holds(replica, undisturbed):
-    """Ten at work on an engine for two: some are told to come back, none waits for ever, and all are answered alike."""
+    """Twenty at work on an engine for two: some are told to come back, none waits for ever, and all are answered alike."""
     sessions = replica(max_sessions=2, slots=2)
     told = 0
 
@@ -198,7 +198,7 @@ async def test_far_more_sessions_than_the_engine_holds(replica, undisturbed):
         return [await patiently(lambda: ask(sessions, name)) for _ in range(2)]
 
     expected = await undisturbed(GREEDY)
-    assert await asyncio.wait_for(asyncio.gather(*(run(f"s{i}") for i in range(10))), 120) == [expected] * 10
+    assert await asyncio.wait_for(asyncio.gather(*(run(f"s{i}") for i in range(20))), 240) == [expected] * 20
     assert told
 
 
