@@ -10,6 +10,8 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip
 # One OpenMP thread in tests: spinning barriers on a shared machine cost more than they bring.
 TEST_ENV := OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled
+# Two processes, in the order of the files: what starts Ray in one, the others beside it.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 # Bytecode is made with the environment and kept, even where an image says not to: dozens of processes import the same
 # packages, and Ray gives its own only some seconds for it.
 export PYTHONDONTWRITEBYTECODE :=
@@ -51,10 +53,10 @@ browser:
 	  echo "WARNING: no chromium, so nobody looks at the evaluation's report"
 
 test: setup redis browser
-	$(TEST_ENV) $(BIN)/pytest
+	$(TEST_ENV) $(PYTEST)
 
 test-fast: setup redis
-	$(TEST_ENV) $(BIN)/pytest -m "not slow and not e2e"
+	$(TEST_ENV) $(PYTEST) -m "not slow and not e2e"
 
 # Ray nodes of which some are killed, cut off, and added by an autoscaler.
 test-nodes: setup

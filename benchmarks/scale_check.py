@@ -27,12 +27,12 @@ from typing import Any
 
 from benchmarks.record import RESULTS, Figure, add, records
 from benchmarks.scale_sim import Load, Simulation, Site, quantile
-from benchmarks.soak import QUESTION, TEXT, free_port, processes
+from benchmarks.soak import QUESTION, TEXT, free_port, running
 from segcore.errors import SegcoreError
 from segcore.sampling import SamplingParams
 from services.serving.client import Client
 from services.serving.config import ServeConfig
-from services.serving.local import local_service
+from services.serving.local import local_service, scale
 
 COMMAND = "-m benchmarks.scale_check"
 REPLICAS, SESSIONS, PAUSE_S = 3, 8, 30.0
@@ -76,23 +76,17 @@ class Trial:
         time.sleep(self._seconds / 2 - self.now)
         self._kill()
         time.sleep(max(0.0, 3 * self._seconds / 4 - self.now))
-        take_away_one()
+        scale(REPLICAS - 1)
         for thread in clients:
             thread.join()
         return self.out
 
     def _kill(self) -> None:
-        from ray import serve
-
-        def running() -> int:
-            return serve.status().applications["segcore"].deployments["engine"].replica_states.get("RUNNING", 0)
-
-        self._killed = random.choice(processes("engine", at_work=False)).pid
+        self._killed = random.choice(running("engine")).pid
         self.killed_at = self.now
         os.kill(self._killed, signal.SIGKILL)
-        for wanted in (REPLICAS - 1, REPLICAS):
-            while running() != wanted:
-                time.sleep(0.1)
+        while self._killed in (found := {each.pid for each in running("engine")}) or len(found) < REPLICAS:
+            time.sleep(0.1)
         self.out.start_s = self.now - self.killed_at
 
     def _session(self, number: int) -> None:
@@ -128,16 +122,6 @@ class Trial:
             (owner,) = directory.execute("SELECT owner FROM sessions WHERE id = ?", (name,)).fetchone()
         directory.close()
         return int(owner.split(":")[1])
-
-
-def take_away_one() -> None:
-    """As an autoscaler does it, by Serve's own means."""
-    import ray
-    from ray.serve._private.common import DeploymentID
-    from ray.serve.context import _get_global_client
-
-    engine = DeploymentID("engine", "segcore")
-    ray.get(_get_global_client()._controller.update_deployment_replicas.remote(engine, REPLICAS - 1))
 
 
 def calibrated(client: Client, tier_bytes_s: float) -> tuple[Site, Load]:

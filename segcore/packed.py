@@ -46,7 +46,7 @@ class RootMeanSquare(nn.Module):
 def _leaner(norm: nn.Module) -> RootMeanSquare | None:
     """The above in a norm's place, if it gives what the norm gives, bit for bit."""
     weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-    if not isinstance(weight, nn.Parameter) or not isinstance(epsilon, float) or not _packable(weight):
+    if not isinstance(weight, nn.Parameter) or not isinstance(epsilon, float) or not _narrow(weight):
         return None
     ours = RootMeanSquare(weight, epsilon)
     probe = torch.randn(64, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
@@ -57,7 +57,8 @@ def _leaner(norm: nn.Module) -> RootMeanSquare | None:
 def pack_linears(model: nn.Module) -> None:
     """Pack the bf16 and fp16 weights of a model that runs on a CPU, each in place of the original. For inference alone.
 
-    Weights that another module shares stay as they are, for packing would double them.
+    Weights that another module shares stay as they are, for packing would double them; so do those of a kind of number
+    that this CPU has no instructions for, as bf16 without AVX-512.
     """
     if not torch.backends.mkldnn.is_available():
         return
@@ -76,5 +77,23 @@ def pack_linears(model: nn.Module) -> None:
         parameter.data = parameter.data.clone()
 
 
-def _packable(weight: Tensor) -> bool:
+def is_for_inference(model: nn.Module) -> bool:
+    """Whether `pack_linears` changed a model, which can't be trained any more."""
+    return any(isinstance(module, (PackedLinear, RootMeanSquare)) for module in model.modules())
+
+
+def _narrow(weight: Tensor) -> bool:
     return weight.is_cpu and weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def _packable(weight: Tensor) -> bool:
+    return _narrow(weight) and supported(weight.dtype)
+
+
+def supported(dtype: torch.dtype) -> bool:
+    """Whether this CPU has what oneDNN packs numbers of a narrow kind for."""
+    of_kind = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return bool(of_kind[dtype]())

@@ -63,6 +63,14 @@ class Tab:
         node = (await self.call("DOM.querySelector", nodeId=root, selector=selector))["nodeId"]
         await self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
 
+    async def drop_file(self, selector: str, file: Path) -> None:
+        """Drag a file from outside over an element, and let go of it there."""
+        where = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        place = await self.js(f"(({{x, y, width, height}}) => ({{x: x + width / 2, y: y + height / 2}}))({where})")
+        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            await self.call("Input.dispatchDragEvent", type=kind, data=data, **place)
+
     async def picture(self, file: Path, width: int, height: int) -> None:
         """What the page looks like, as PNG."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from _pytest.terminal import TerminalReporter
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -34,6 +37,32 @@ FAMILIES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 8}),
 }
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, a file's run in one, for they share fixtures; so do all that start Ray."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            starts_ray = item.get_closest_marker("e2e") or "cluster" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else item.path.stem))
+
+
+@pytest.fixture
+def tell(record_property: Callable[[str, object], None]) -> Callable[[object], None]:
+    """Tells what a test did, and what was lost, to whoever runs the tests: at the run's end."""
+    return partial(record_property, "said")
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
+    said: dict[str, None] = {}  # each once, though setup and teardown repeat what the call said
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "said":
+                said[f"{report.nodeid}: {text}"] = None
+    if said:
+        terminalreporter.section("said by tests")
+        terminalreporter.write_line("\n".join(said))
 
 
 @pytest.fixture(scope="session", autouse=True)

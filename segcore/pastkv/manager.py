@@ -14,37 +14,31 @@ import logging
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from segcore.config import CacheConfig
-from segcore.errors import BlockDamaged, BlockMismatch, BlockMissing, ConfigError, PastKVError, StorageFull
+from segcore.errors import BlockMissing, PastKVError, StorageFull
 from segcore.fingerprint import Fingerprint
-from segcore.pastkv.base import Block, BlockHead, PastLayout, Tier, nbytes
-from segcore.pastkv.directory import LocalDisk, SharedDirectory
+from segcore.pastkv.base import Block, BlockHead, PastLayout, nbytes
 from segcore.pastkv.format import BlockFormat, Cipher
 from segcore.pastkv.guard import Guard
 from segcore.pastkv.journal import root_key
 from segcore.pastkv.memory import MemoryTier, RowCache, Rows
-from segcore.pastkv.redis import RedisTier
 from segcore.pastkv.session import SessionPast
+from segcore.pastkv.slower import SlowerTiers
 from segcore.pastkv.transfer import Transfer
 from segcore.pinned import within_reach
-from segcore.rate import Pace, Rate
-from segcore.tracing import span
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 # The share of host memory that rows of blocks in slower tiers may take.
 ROWS_SHARE = 8
@@ -56,14 +50,10 @@ HEADS_AHEAD = 2 * READERS
 
 @dataclass
 class _Use:
-    """Who needs a block. index: what their choices search, one copy for all. streams: how many they are.
-
-    held: the slower tiers that have the block, as far as known.
-    """
+    """Who needs a block. index: what their choices search, one copy for all. streams: how many they are."""
 
     index: dict[str, Tensor] = field(repr=False)
     streams: int = 0
-    held: set[str] = field(default_factory=set)
 
 
 class PastKVManager:
@@ -81,15 +71,11 @@ class PastKVManager:
         blocks = BlockFormat(self._fingerprint, cipher)
         self._device = MemoryTier("device", config.device_bytes, device) if config.device_bytes else None
         self._host = MemoryTier("host", config.host_bytes, torch.device("cpu"))
-        self._disk = None if config.directory is None else LocalDisk(config.directory, blocks, config.disk_bytes)
-        self._shared = _shared_tier(config, self._fingerprint, blocks)
-        self._slower: list[Tier] = [tier for tier in (self._disk, self._shared) if tier is not None]
         self._memory = [tier for tier in (self._device, self._host) if tier is not None]
-        self._rows = RowCache(config.host_bytes // ROWS_SHARE if self._slower else 0)
         self._guard = Guard()
-        self._pace = Pace(config.restore_bytes_per_s)
-        self._head_rates = {tier.name: Rate() for tier in self._slower}
-        self._head_bytes = 0
+        self._slower = SlowerTiers(config, self._fingerprint, blocks, self._guard, self._missed)
+        self._disk = self._slower.disk
+        self._rows = RowCache(config.host_bytes // ROWS_SHARE if self._slower else 0)
         self._transfer = Transfer(device)
         self._lock = threading.RLock()
         self._uses: dict[str, _Use] = {}
@@ -100,7 +86,6 @@ class PastKVManager:
         self._unwritten: dict[str, None] = {}  # keys whose write failed, the longest ago first
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="segcore-writer")
         self._reader = ThreadPoolExecutor(READERS, thread_name_prefix="segcore-reader")
-        self._closing = False
 
     def open_stream(self, layout: PastLayout | None, tenant: str = "") -> SessionPast:
         """An empty past for a new stream. Streams of different tenants share nothing.
@@ -127,8 +112,8 @@ class PastKVManager:
     @property
     def used_bytes(self) -> dict[str, int]:
         """Bytes by tier."""
-        tiers = [*self._memory, *self._slower]
-        used = {tier.name: tier.used_bytes for tier in tiers} | {"host": self.host_bytes}
+        used = {tier.name: tier.used_bytes for tier in self._memory} | self._slower.used_bytes
+        used["host"] = self.host_bytes
         with self._lock:
             searched_bytes = sum(tensor.nbytes for tensor in self._searched if not tensor.is_cpu)
         if searched_bytes:
@@ -238,6 +223,7 @@ class PastKVManager:
             if use.streams:
                 return
             del self._uses[key]
+            self._slower.release(key)
             self._rows.delete(key)
             block = self._host.find(key)
             if self._config.reuse and (block is None or block.boundary):
@@ -285,7 +271,7 @@ class PastKVManager:
         try:
             return self._host.head(key, boundary=boundary)
         except BlockMissing:
-            return self._from_slower(key, lambda tier: self._read_head(tier, key, boundary))
+            return self._slower.head(key, boundary=boundary)
 
     def heads(self, keys: Sequence[str]) -> Generator[BlockHead]:
         """The heads of blocks without their boundaries, in order, the next ones being read meanwhile.
@@ -306,18 +292,11 @@ class PastKVManager:
 
     def restore_seconds(self, key: str) -> float | None:
         """How long it takes to take up a block, as far as known; None if no tier has it."""
-        block = self._host.find(key)
-        if block is not None and block.boundary:
-            return 0.0
-        tier = next((t for t in self._slower if self._guard.attempt_or(False, t, lambda t: t.holds(key))), None)
-        return None if tier is None else self._head_rates[tier.name].seconds(self._head_bytes) or 0.0
+        return 0.0 if self._is_whole(key) else self._slower.restore_seconds(key)
 
     def holds(self, key: str) -> bool:
         """Whether a tier has the block, complete, as far as can be told without reading it."""
-        block = self._host.find(key)
-        if block is not None and block.boundary:
-            return True
-        return any(self._guard.attempt_or(False, tier, lambda t: t.holds(key)) for tier in self._slower)
+        return self._is_whole(key) or self._slower.holds(key)
 
     def settle(self) -> None:
         """Wait until everything complete is written, or has failed to be, and what was to be prefetched is read."""
@@ -328,12 +307,13 @@ class PastKVManager:
 
     def close(self) -> None:
         """Release everything this process holds, on disk too; shared blocks stay."""
-        self._closing = True
+        self._slower.stop()
         self._transfer.close()
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
-        for tier in (*self._memory, *self._slower):
+        for tier in self._memory:
             tier.close()
+        self._slower.close()
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the books don't balance."""
@@ -348,8 +328,7 @@ class PastKVManager:
             assert self._reserved_bytes == 0, "room that nobody took"
             assert self.host_bytes <= self._config.host_bytes, "host memory is over its budget"
             for key in self._host.keys:
-                block = self._host.find(key)
-                assert key in self._uses or (block is not None and block.boundary), "an incomplete block left behind"
+                assert key in self._uses or self._is_whole(key), "an incomplete block left behind"
             if self._disk is not None and self._disk.budget_bytes is not None:
                 assert self._disk.used_bytes <= self._disk.budget_bytes, "disk is over its budget"
 
@@ -359,10 +338,16 @@ class PastKVManager:
         held = (past.search.allocated for past in self._pasts if past.search is not None)
         return iter({tensor.data_ptr(): tensor for tensors in held for tensor in tensors}.values())
 
+    def _is_whole(self, key: str) -> bool:
+        """Whether host memory has a block, complete."""
+        block = self._host.find(key)
+        return block is not None and bool(block.boundary)
+
     def _add_stream(self, key: str, index: dict[str, Tensor]) -> dict[str, Tensor]:
         """The lock is held."""
         use = self._uses.setdefault(key, _Use(index))
         use.streams += 1
+        self._slower.use(key)
         return use.index
 
     @contextmanager
@@ -413,32 +398,14 @@ class PastKVManager:
     def _is_spare(self, key: str) -> bool:
         """Whether host memory may forget a block: nobody uses it, or it is held elsewhere."""
         with self._lock:
-            use = self._uses.get(key)
-        return use is None or any(self._still_holds(tier, key, use) for tier in self._slower)
+            used = key in self._uses
+        return not used or self._slower.still_holds(key)
 
-    def _still_holds(self, tier: Tier, key: str, use: _Use) -> bool:
-        """Whether a tier that had a block has it still; one that doesn't answer is believed to."""
-        if tier.name not in use.held:
-            return False
-        if self._guard.attempt_or(True, tier, lambda t: t.holds(key)):
-            return True
-        self._lost(tier, key)
-        return False
-
-    def _lost(self, tier: Tier, key: str) -> None:
-        """A tier doesn't have a block: a fault if it had."""
-        if self._held_no_more(tier, key):
-            self._guard.count(tier, BlockMissing(f"block {key} left the {tier.name} tier"))
-
-    def _held_no_more(self, tier: Tier, key: str) -> bool:
-        """Note that a tier doesn't have a block; whether it was known to."""
+    def _missed(self, key: str) -> None:
+        """A slower tier lacks a block that it should have."""
         with self._lock:
-            use = self._uses.get(key)
-            if use is None or tier.name not in use.held:
-                return False
-            use.held.discard(tier.name)
-            self._unwritten[key] = None
-            return True
+            if key in self._uses:
+                self._unwritten[key] = None
 
     def _write(self, block: Block) -> None:
         """Hand a block to the writer; the lock is held."""
@@ -455,52 +422,20 @@ class PastKVManager:
 
     def _write_through(self, block: Block) -> None:
         """Write a block to all slower tiers. On the writer's thread; raises nothing."""
-        try:
-            for tier in self._slower:
-                if not (self._closing and tier is self._disk):  # it is about to be removed
-                    self._write_to(tier, block)
-        finally:
-            with self._lock:
-                self._writing.pop(block.key, None)
-                unwanted = not self._config.reuse and block.key not in self._uses
-            if unwanted and self._disk is not None:
-                self._disk.delete(block.key)
-
-    def _write_to(self, tier: Tier, block: Block) -> None:
-        try:
-            self._guard.attempt(tier, lambda t: t.put(block, self._spare(t)))
-            written = True
-        except PastKVError:
-            written = False
-        except Exception as error:  # a bug, or memory that ran out: past KV goes on without this copy
-            log.exception("block %s couldn't be written to the %s tier", block.key, tier.name)
-            self._guard.count(tier, error)
-            written = False
+        if not self._slower.write(block):
+            self._missed(block.key)
         with self._lock:
-            if block.key in self._uses:
-                if written:
-                    self._uses[block.key].held.add(tier.name)
-                else:
-                    self._unwritten[block.key] = None
-
-    def _spare(self, tier: Tier) -> Iterator[str]:
-        """What a slower tier may forget: what nobody uses, then what a still slower tier holds."""
-        with self._lock:
-            uses = {key: self._uses.get(key) for key in tier.keys}
-        yield from (key for key, use in uses.items() if use is None)
-        below = self._slower[self._slower.index(tier) + 1 :]
-        for key, use in uses.items():
-            if use is not None and any(self._still_holds(other, key, use) for other in below):
-                with self._lock:
-                    use.held.discard(tier.name)
-                yield key
+            self._writing.pop(block.key, None)
+            unwanted = not self._config.reuse and block.key not in self._uses
+        if unwanted and self._disk is not None:
+            self._disk.delete(block.key)
 
     def _some_rows(self, key: str, wanted_n: Tensor) -> Rows:
         """At least these rows, ascending; those that aren't in memory are read, and stay there for a while."""
         have = self._rows.get(key)
         lacking = wanted_n if have is None else have.lacking(wanted_n)
         if len(lacking):
-            read = Rows(lacking, self._from_slower(key, lambda tier: tier.rows(key, lacking)))
+            read = Rows(lacking, self._slower.rows(key, lacking))
             have = read if have is None else have.joined(read)
             self._keep(key, have)
         assert have is not None
@@ -526,48 +461,3 @@ class PastKVManager:
         finally:
             with self._lock:
                 self._reading.pop(key, None)
-
-    def _read_head(self, tier: Tier, key: str, boundary: bool) -> BlockHead:
-        """A block's head from a slower tier, at the pace that is allowed; how long it takes is noted."""
-        rate, size = self._head_rates[tier.name], 0
-        rate.begin()
-        try:
-            head = tier.head(key, boundary=boundary)
-            size = self._head_bytes = nbytes(head.index) + nbytes(head.boundary)
-            self._pace.wait(size)
-        finally:
-            rate.end(size)
-        return head
-
-    def _from_slower(self, key: str, read: Callable[[Tier], T]) -> T:
-        """Read a block from the nearest slower tier that gives it whole; damaged ones are deleted."""
-        failure: PastKVError = BlockMissing(f"block {key} isn't held anywhere")
-        for tier in self._slower:
-            try:
-                with span("past KV read", tier=tier.name, block=key):
-                    found = self._guard.attempt(tier, read)
-            except BlockMissing:
-                self._lost(tier, key)
-            except (BlockDamaged, BlockMismatch) as error:
-                log.warning("%s tier: %s", tier.name, error.message)
-                self._guard.attempt_or(None, tier, lambda t: t.delete(key))
-                self._held_no_more(tier, key)
-                failure = error
-            except PastKVError as error:
-                failure = error
-            else:
-                with self._lock:
-                    if key in self._uses:
-                        self._uses[key].held.add(tier.name)
-                return found
-        raise failure
-
-
-def _shared_tier(config: CacheConfig, fingerprint: Fingerprint, blocks: BlockFormat) -> Tier | None:
-    if config.shared is None:
-        return None
-    if config.shared.startswith(("redis://", "rediss://", "unix://")):
-        return RedisTier(config.shared, blocks, config.shared_lifetime_s)
-    if "://" in config.shared:
-        raise ConfigError(f"shared={config.shared!r} must be a folder, or the address of a Redis server (redis://...)")
-    return SharedDirectory(Path(config.shared), fingerprint.digest, blocks, config.shared_bytes)

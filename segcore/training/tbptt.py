@@ -37,7 +37,7 @@ from segcore.config import GIB, CacheConfig, SegmentConfig
 from segcore.engine.runner import Runner
 from segcore.errors import ConfigError, InvalidInput, NonFiniteLoss
 from segcore.model import CausalLM
-from segcore.packed import PackedLinear
+from segcore.packed import is_for_inference
 from segcore.pastkv.manager import PastKVManager
 from segcore.policies.segmented import SegmentedPolicy
 from segcore.segments import is_refresh_point, tokens_to_next_cut
@@ -180,7 +180,7 @@ class SegmentedTrainer:
         return StreamScore(total, stream.valid_tokens, untaught.loss, len(stream.answers), right)
 
     def _check_trainable(self) -> None:
-        if any(isinstance(module, PackedLinear) for module in self.model.model.modules()):
+        if is_for_inference(self.model.model):
             raise ConfigError("the model's weights are packed for inference: load_model(..., trainable=True)")
         if not self.parameters:
             raise ConfigError(

@@ -6,7 +6,7 @@ import asyncio
 import time
 from array import array
 from collections.abc import AsyncGenerator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from segcore.engine.engine import Engine
 from segcore.errors import Cancelled, DeadlineExceeded, FailedPrecondition, InvalidRequest, SegcoreError, Unavailable
@@ -68,6 +68,9 @@ class Answers:
             if done is None:
                 await self._lives.residents.take_up(live)
                 answer = await self._begin(live, request)
+                now, points = live.record.answer, live.record.points
+                begun = points[-1].tokens if points else 0  # where the question is put
+                input_tokens = now.first_token - begun if now is not None and not live.given else 0
         if done is not None:
             yield await self._again(live, done, request)
             return
@@ -81,7 +84,8 @@ class Answers:
             while (part := await answer.parts.get()) is not None:
                 if isinstance(part, SegcoreError):
                     raise part
-                yield part
+                yield replace(part, input_tokens=input_tokens)
+                input_tokens = 0
         finally:
             for timer in timers:
                 timer.cancel()
@@ -90,14 +94,19 @@ class Answers:
             assert answer.task is not None
             await asyncio.wait([answer.task])
 
-    async def cancel(self, live: Live) -> None:
-        """End the session's answer."""
+    async def cancel(self, live: Live, request_id: str = "") -> None:
+        """End the session's answer; with a request_id, that one alone."""
+
+        def meant() -> bool:
+            now = live.record.answer
+            return now is not None and request_id in ("", now.request_id)
+
         answer = live.answer
-        if answer is not None and answer.task is not None:
+        if answer is not None and answer.task is not None and meant():
             self._stop(answer, Cancelled("the answer was cancelled"), end=True)
             await asyncio.wait([answer.task])
         async with self._lives.claimed(live):
-            if live.record.answer is not None and live.answer is None:
+            if live.answer is None and meant():
                 await self._end(live, [], "aborted")
 
     async def _supersede(self, live: Live, request: Request) -> None:

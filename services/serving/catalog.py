@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import asdict
 
 from segcore.engine.engine import Engine
-from segcore.errors import AlreadyExists, FailedPrecondition, InvalidRequest, NotFound, SegcoreError
+from segcore.errors import AlreadyExists, FailedPrecondition, InvalidRequest, NotFound, SegcoreError, SessionLost
 from segcore.weights import LoadedModel
 from services.serving.config import ServeConfig
-from services.serving.directory.base import Directory, Name, Stored, absent, changed
+from services.serving.directory.base import Directory, Name, Stored, absent, changed, request_name
 from services.serving.live import Live
 from services.serving.lives import Lives
 from services.serving.messages import DocumentInfo, SessionInfo, SessionPage, check_name, check_request_id, check_tenant
 from services.serving.record import Done, Record, digest_of
 from services.serving.transfer import export_bytes, import_bytes
 
+log = logging.getLogger(__name__)
+
 # How long the results of calls outlive their session.
 _REMNANT_S = 3600.0
 _MOST_ON_A_PAGE = 1000
 _PIECE_BYTES = 2**20
+# Its key is gone, or it is damaged.
+UNREADABLE = (FailedPrecondition, SessionLost)
 
 
 class Catalog:
@@ -54,7 +60,7 @@ class Catalog:
         return self._info(name, stored, Record.read(stored.record))
 
     async def list_sessions(self, tenant: str, page_size: int = 100, page_token: str = "") -> SessionPage:
-        """Sessions in the order of their ids. page_token: of the page before."""
+        """Sessions in the order of their ids, those that can't be read among them. page_token: of the page before."""
         check_tenant(tenant)
         if not 0 <= page_size <= _MOST_ON_A_PAGE:
             raise InvalidRequest(f"page_size={page_size} must be at most {_MOST_ON_A_PAGE}", field="page_size")
@@ -68,24 +74,29 @@ class Catalog:
                 sessions.append(await self.get(tenant, session_id))
             except NotFound:  # it went meanwhile
                 continue
+            except UNREADABLE as error:
+                log.warning("session %s can't be read: %s", session_id, error.message)
+                sessions.append(SessionInfo(session_id=session_id, unreadable=error.message))
         return SessionPage(sessions=sessions, next_page_token=ids[-1] if len(ids) == most else "")
 
     async def delete(
         self, tenant: str, session_id: str, *, request_id: str = "", expected_generation: int | None = None
     ) -> None:
-        """End a session, and all that is under way on it. Raises NotFound, Conflict."""
+        """End a session, one that can't be read, too, and all that is under way on it. Raises NotFound, Conflict."""
         name = name_of(tenant, session_id)
         check_request_id(request_id)
         digest = digest_of("delete", expected_generation=expected_generation)
-        stored = await self._lives.run(self._directory.read, name)
-        if stored is None:
-            raise absent(name)
-        record = Record.read(stored.record)
-        if record.known(request_id, digest) is not None:
-            return
-        if stored.deleted:
-            raise absent(name)
-        remnant = Record(**record.model_dump(include={"model", "fingerprint", "create_time", "ttl_s", "requests"}))
+        remnant = Record(model=self._model.name, fingerprint={}, create_time=time.time(), ttl_s=None)
+        with suppress(*UNREADABLE):
+            stored = await self._lives.run(self._directory.read, name)
+            if stored is None:
+                raise absent(name)
+            record = Record.read(stored.record)
+            if record.known(request_id, digest) is not None:
+                return
+            if stored.deleted:
+                raise absent(name)
+            remnant = Record(**record.model_dump(include={"model", "fingerprint", "create_time", "ttl_s", "requests"}))
         remnant.remember(request_id, Done(digest=digest))
         async with self._lives.ending(name):
             await self._lives.run(self._directory.delete, name, remnant.to_bytes(), _REMNANT_S, expected_generation)
@@ -158,6 +169,18 @@ class Catalog:
         record, log = await asyncio.to_thread(import_bytes, data, self._engine.spec.vocabulary)
         digest = digest_of("import", data=data[-32:].hex())
         return await self._make(name, record, log, request_id, digest)
+
+    async def once(self, tenant: str, request_id: str, digest: str) -> None:
+        """Remember for an hour what a call of no session asks for. Raises AlreadyExists if its id stood for another."""
+        check_tenant(tenant)
+        check_request_id(request_id)
+        name = request_name(tenant, request_id)
+        record = Record(model=self._model.name, fingerprint={}, create_time=time.time(), ttl_s=_REMNANT_S)
+        record.remember(request_id, Done(digest=digest))
+        try:
+            await self._lives.run(self._directory.create, name, record.to_bytes(), ttl_s=_REMNANT_S)
+        except AlreadyExists:
+            Record.read((await self._read(name)).record).known(request_id, digest)
 
     async def count(self, tenant: str, most: int) -> int:
         """How many sessions there are, but at most `most`."""

@@ -12,7 +12,7 @@ from segcore.errors import InvalidRequest
 from segcore.sampling import FinishReason, SamplingParams
 from services.serving.messages import AnswerPart, DocumentInfo, Progress, SessionInfo, UploadAck
 
-SCHEMA_REVISION = 2
+SCHEMA_REVISION = 3
 
 _FINISH: dict[FinishReason, pb.FinishReason] = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 _SAMPLING_FIELDS = ("max_tokens", "temperature", "top_p", "top_k", "seed")
@@ -43,6 +43,7 @@ def session_to(info: SessionInfo) -> pb.Session:
         ttl=duration(info.ttl_s),
         points=info.points,
         answering=info.answering,
+        unreadable=info.unreadable,
     )
 
 
@@ -59,6 +60,7 @@ def session_from(message: pb.Session) -> SessionInfo:
         ttl_s=seconds_from(message, "ttl"),
         points=list(message.points),
         answering=message.answering,
+        unreadable=message.unreadable,
     )
 
 

@@ -27,7 +27,7 @@ from services.serving.live import Live
 from services.serving.lives import Lives
 from services.serving.messages import Passage, Progress, UploadAck
 from services.serving.passages import Placed, passages
-from services.serving.record import DocumentRecord, Entry, Record
+from services.serving.record import DocumentRecord, Done, Entry, Record
 
 
 class Documents:
@@ -36,7 +36,10 @@ class Documents:
     def __init__(self, model: LoadedModel, engine: Engine, lives: Lives, config: ServeConfig) -> None:
         self._model, self._engine, self._lives, self._config = model, engine, lives, config
 
-    async def open(self, live: Live, document_id: str, total_bytes: int | None) -> UploadAck:
+    async def open(
+        self, live: Live, document_id: str, total_bytes: int | None, request_id: str, done: Done
+    ) -> UploadAck:
+        """done: what is remembered of the call that begins a document."""
         limit = self._config.max_document_bytes
         if total_bytes is not None and not 0 <= total_bytes <= limit:
             raise self._too_long(limit)
@@ -46,6 +49,7 @@ class Documents:
             document = DocumentRecord(id=document_id, first_token=live.tokens)
             live.record.documents.append(document)
             live.encoder, live.digest = DocumentEncoder(self._model.tokenizer), hashlib.sha256()
+            live.record.remember(request_id, done)
             await self._lives.commit(live)
         return self._ack(live, document, finished=document.finished)
 
@@ -65,10 +69,9 @@ class Documents:
             )
         if offset + len(data) > self._config.max_document_bytes:
             raise self._too_long(self._config.max_document_bytes)
-        if data:
-            await self._take(live, document, data)
+        tokens = await self._take(live, document, data) if data else 0
         waiting = await self._wait(live, document, self._engine.room(live.key), began, timeout_s)
-        return self._ack(live, document, waiting=waiting)
+        return self._ack(live, document, waiting=waiting, input_tokens=tokens)
 
     async def finish(
         self, live: Live, document_id: str, total_bytes: int, sha256: bytes, timeout_s: float | None
@@ -81,9 +84,9 @@ class Documents:
         )
         if document is None or not again:
             document = _open(live.record, document_id)
-            await self._end(live, document, total_bytes, sha256)
+        tokens = 0 if again else await self._end(live, document, total_bytes, sha256)
         waiting = await self._wait(live, document, self._engine.flush(live.key), began, timeout_s)
-        return self._ack(live, document, finished=not waiting, waiting=waiting)
+        return self._ack(live, document, finished=not waiting, waiting=waiting, input_tokens=tokens)
 
     def bytes_of(self, name: Name, record: Record, document_id: str) -> bytes:
         """What the log has of a document. Raises NotFound."""
@@ -101,7 +104,8 @@ class Documents:
         )
         return passages(self._model.tokenizer, placed, positions)
 
-    async def _take(self, live: Live, document: DocumentRecord, data: bytes) -> None:
+    async def _take(self, live: Live, document: DocumentRecord, data: bytes) -> int:
+        """Returns how many tokens became certain."""
         assert live.encoder is not None
         encoder = live.encoder.fork()
         tokens = await asyncio.to_thread(encoder.feed, data)
@@ -116,8 +120,10 @@ class Documents:
         live.digest.update(data)
         await self._lives.commit(live, entry)
         self._engine.append(live.key, entry.tokens)
+        return len(entry.tokens)
 
-    async def _end(self, live: Live, document: DocumentRecord, total_bytes: int, sha256: bytes) -> None:
+    async def _end(self, live: Live, document: DocumentRecord, total_bytes: int, sha256: bytes) -> int:
+        """Returns how many tokens are its last."""
         if document.committed_offset == 0:
             live.record.documents.remove(document)
             await self._lives.commit(live)
@@ -141,6 +147,7 @@ class Documents:
         await self._lives.commit(live, Entry(tokens=tokens, stops=[len(tokens)]))
         self._engine.append(live.key, tokens)
         live.encoder = None
+        return len(tokens)
 
     async def _wait(
         self, live: Live, document: DocumentRecord, work: Future[None], began: float, timeout_s: float | None
@@ -169,7 +176,15 @@ class Documents:
             raise
         return False
 
-    def _ack(self, live: Live, document: DocumentRecord, *, finished: bool = False, waiting: bool = False) -> UploadAck:
+    def _ack(
+        self,
+        live: Live,
+        document: DocumentRecord,
+        *,
+        finished: bool = False,
+        waiting: bool = False,
+        input_tokens: int = 0,
+    ) -> UploadAck:
         engine, tokens, pending = self._engine.stats(), live.tokens, 0
         if live.resident:
             stats = self._engine.session_stats(live.key)
@@ -188,6 +203,7 @@ class Documents:
             finished=finished,
             generation=live.generation,
             waiting=waiting,
+            input_tokens=input_tokens,
         )
 
     def _too_long(self, limit: int) -> SegcoreError:

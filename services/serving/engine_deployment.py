@@ -140,8 +140,8 @@ class EngineDeployment:
     async def document_bytes(self, tenant: str, session_id: str, document_id: str) -> bytes:
         return await self._sessions.document_bytes(tenant, session_id, document_id)
 
-    async def cancel_answer(self, tenant: str, session_id: str) -> None:
-        await self._sessions.cancel_answer(tenant, session_id)
+    async def cancel_answer(self, tenant: str, session_id: str, **options: Any) -> None:
+        await self._sessions.cancel_answer(tenant, session_id, **options)
 
     async def generate(
         self, tenant: str, session_id: str, question: str, params: SamplingParams, **options: Any
@@ -156,6 +156,9 @@ class EngineDeployment:
 
     async def count(self, tenant: str, most: int) -> int:
         return await self._sessions.count(tenant, most)
+
+    async def once(self, tenant: str, **options: Any) -> None:
+        await self._sessions.once(tenant, **options)
 
     async def complete(
         self, tenant: str, prompt: Prompt, params: SamplingParams, after: int

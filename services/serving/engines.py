@@ -14,13 +14,14 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from segcore.errors import SegcoreError, Unavailable, WrongOffset
+from segcore.errors import DeadlineExceeded, SegcoreError, Unavailable, WrongOffset
 from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
 from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck, check_name
@@ -28,7 +29,7 @@ from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck,
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Those whose results are kept by a request_id; the others can be repeated as they are.
+# Those whose results are kept by a request_id; the others can be repeated as they are, unless they expect a generation.
 _BY_REQUEST = ("create", "delete", "fork", "rewind", "import_session")
 _LONGEST_WAIT_S = 1.0
 # How long a call is tried on after its first failure, beside the time that a lost replica's lease lasts.
@@ -48,13 +49,18 @@ class Engines:
         self._patience_s = 2 * config.lease_s + _PATIENCE_S
         self._silence_s = config.slice_s + _SILENCE_S
 
-    async def call(self, method: str, tenant: str, session_id: str = "", *args: Any, **options: Any) -> Any:
-        """One call, once a replica has answered it."""
-        if method in _BY_REQUEST and not options.get("request_id"):
+    async def call(
+        self, method: str, tenant: str, session_id: str = "", *args: Any, ends: float | None = None, **options: Any
+    ) -> Any:
+        """One call, once a replica has answered it. ends: when the caller's time is up, by the monotonic clock."""
+        once = method in _BY_REQUEST or options.get("expected_generation") is not None
+        if once and not options.get("request_id"):
             options["request_id"] = uuid.uuid4().hex
-        patience, way = self._patience(), self._way(session_id)
+        patience, way = self._patience(ends), self._way(session_id)
         who = (tenant, session_id) if session_id else (tenant,)
         while True:
+            if ends is not None:
+                options["timeout_s"] = _left(ends)
             try:
                 return await way.answered(getattr(way.at, method).remote(*who, *args, **options))
             except Exception as error:
@@ -77,8 +83,9 @@ class Engines:
     async def append(
         self, tenant: str, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None
     ) -> UploadAck:
-        """`Sessions.append`, until there is room. ends: when the caller's time is up, by the monotonic clock."""
-        patience, way, tried, stop = self._patience(), self._way(session_id), False, str(offset + len(data))
+        """`Sessions.append`, until there is room. ends: as of `call`."""
+        patience, way, tried, stop = self._patience(ends), self._way(session_id), False, str(offset + len(data))
+        tokens = 0
         while True:
             try:
                 where = (tenant, session_id, document_id, offset, data)
@@ -91,8 +98,9 @@ class Engines:
                     tried = True
                     continue
             else:
+                tokens += ack.input_tokens
                 if not ack.waiting:
-                    return ack
+                    return replace(ack, input_tokens=tokens)
             offset, data = int(stop), b""
 
     async def finish(
@@ -105,11 +113,13 @@ class Engines:
         ends: float | None = None,
     ) -> UploadAck:
         """`Sessions.finish`, until all has been run."""
+        tokens = 0
         while True:
             where = (tenant, session_id, document_id, total_bytes, sha256)
-            ack: UploadAck = await self.call("finish", *where, timeout_s=_left(ends))
+            ack: UploadAck = await self.call("finish", *where, ends=ends)
+            tokens += ack.input_tokens
             if ack.finished:
-                return ack
+                return replace(ack, input_tokens=tokens)
 
     async def export(self, tenant: str, session_id: str) -> AsyncIterator[bytes]:
         """`Sessions.export`; a broken one isn't taken up."""
@@ -144,7 +154,7 @@ class Engines:
             return at.options(stream=True).generate.remote(tenant, session_id, question, params, **options)
 
         try:
-            async with aclosing(self._taken_up(self._way(session_id), begin, after)) as parts:
+            async with aclosing(self._taken_up(self._way(session_id), begin, after, ends)) as parts:
                 async for part in parts:
                     finished = part.finish_reason is not None
                     yield part
@@ -153,7 +163,7 @@ class Engines:
             raise
         finally:
             if not (named or finished):
-                await self.call("cancel_answer", tenant, session_id)
+                await self.call("cancel_answer", tenant, session_id, request_id=request_id)
 
     async def complete(self, tenant: str, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[AnswerPart]:
         """`Completions.complete`, over as many replicas as it takes: another one says the same from the beginning."""
@@ -166,22 +176,22 @@ class Engines:
                 yield part
 
     async def _taken_up(
-        self, way: _Way, begin: Callable[[DeploymentHandle, int], Any], after: int
+        self, way: _Way, begin: Callable[[DeploymentHandle, int], Any], after: int, ends: float | None = None
     ) -> AsyncGenerator[AnswerPart]:
         """An answer's parts, taken up where a replica leaves it. begin: asks one for those after so many tokens."""
-        patience, finished = self._patience(), False
+        patience, finished = self._patience(ends), False
         while not finished:
             try:
                 async with aclosing(_stream(way, begin(way.at, after))) as parts:
                     async for part in parts:
-                        patience = self._patience()
+                        patience = self._patience(ends)
                         after, finished = part.token_index, part.finish_reason is not None
                         yield part
             except (SegcoreError, TimeoutError, RayError, RayServeException) as error:
                 await patience.wait(await way.known(error))
 
-    def _patience(self) -> _Patience:
-        return _Patience(self._patience_s)
+    def _patience(self, ends: float | None = None) -> _Patience:
+        return _Patience(self._patience_s, ends)
 
     def _way(self, session_id: str) -> _Way:
         if session_id:
@@ -237,11 +247,13 @@ class _Way:
 class _Patience:
     """How long unreachable replicas are waited for, by ever longer pauses or as they ask for.
 
-    From the first failure on: until a silent replica is known to be gone, more time than that may have passed.
+    From the first failure on: until a silent replica is known to be gone, more time than that may have passed. over:
+    when the caller's time is up, beyond which none is waited for.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, over: float | None) -> None:
         self._seconds, self._ends, self._pause = seconds, math.inf, 0.05
+        self._over = math.inf if over is None else over
 
     async def wait(self, error: SegcoreError) -> None:
         """Pause before the next try; raises the error if there is to be none."""
@@ -249,9 +261,11 @@ class _Patience:
         self._ends = min(self._ends, now + self._seconds)
         if not isinstance(error, Unavailable) or now > self._ends:
             raise error
-        asked = float(error.details.get("retry_after_s", self._pause))
+        pause = min(float(error.details.get("retry_after_s", self._pause)), _LONGEST_WAIT_S)
         self._pause = min(2 * self._pause, _LONGEST_WAIT_S)
-        await asyncio.sleep(min(asked, _LONGEST_WAIT_S))
+        if now + pause >= self._over:
+            raise DeadlineExceeded("the call's time is up, and no engine was there; continue it", **error.details)
+        await asyncio.sleep(pause)
 
 
 def _left(ends: float | None) -> float | None:

@@ -8,19 +8,20 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray.serve import context as serve_context
 from ray.serve.handle import DeploymentHandle
 
-from segcore.errors import Busy, Cancelled, SegcoreError
+from segcore.errors import Busy, Cancelled, NotFound, SegcoreError
 from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
 from services.serving.engines import Engines, as_segcore_error
 from services.serving.logs import log_fields
 from services.serving.messages import AnswerPart, Prompt, UploadAck
 from services.serving.metrics import METER
+from services.serving.record import digest_of
 from services.serving.status import code_of
 from services.serving.tenants import OPEN, Quotas, Tenant, Tenants
 from services.serving.tracing import span
@@ -87,20 +88,39 @@ class Gate:
         told = {"face": face, "method": method, "code": code, "seconds": round(seconds, 4), "tenant": call.tenant.name}
         log.info("call", extra={"fields": told})
 
-    async def check_sessions(self, tenant: Tenant) -> None:
-        """Raise Busy if the tenant has as many sessions as it may."""
-        if tenant.sessions is not None:
-            count = await self.engines.call("count", tenant.name, most=tenant.sessions)
-            if count >= tenant.sessions:
-                raise Busy(f"all {tenant.sessions} sessions are in use; delete one")
+    async def check_sessions(self, tenant: Tenant, new_id: str) -> None:
+        """Raise Busy if the tenant has as many sessions as it may; one that has the new one, too, calls again."""
+        most = tenant.sessions
+        if most is None or await self.engines.call("count", tenant.name, most=most) < most:
+            return
+        try:
+            await self.engines.call("get", tenant.name, new_id)
+        except NotFound:
+            raise Busy(f"all {most} sessions are in use; delete one") from None
 
     async def append(
         self, tenant: Tenant, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None
     ) -> UploadAck:
-        """Bytes of a document, within the tenant's limit. Raises Busy, and what `Engines.append` raises."""
+        """Bytes of a document, within the tenant's limits. Raises Busy, and what `Engines.append` raises."""
+        self._quotas.take(tenant, "tokens", 0)
         self._quotas.take(tenant, "bytes", len(data))
         ack = await self.engines.append(tenant.name, session_id, document_id, offset, data, ends)
         METER.count("segcore_uploaded_bytes", len(data))
+        self._quotas.charge(tenant, "tokens", ack.input_tokens)
+        return ack
+
+    async def finish(
+        self,
+        tenant: Tenant,
+        session_id: str,
+        document_id: str,
+        total_bytes: int,
+        sha256: bytes,
+        ends: float | None = None,
+    ) -> UploadAck:
+        """`Engines.finish`; what it runs counts, and is never refused."""
+        ack = await self.engines.finish(tenant.name, session_id, document_id, total_bytes, sha256, ends)
+        self._quotas.charge(tenant, "tokens", ack.input_tokens)
         return ack
 
     async def answer(
@@ -109,15 +129,31 @@ class Gate:
         """A session's answer, within the tenant's limit; options: those of `Engines.generate`."""
         self._quotas.take(tenant, "tokens", 0)
         answer = self.engines.generate(tenant.name, session_id, question, params, **options)
-        async with aclosing(answer) as parts:
+        async with aclosing(self._charged(tenant, answer, options.get("after", 0))) as parts:
             async for part in parts:
-                self._quotas.charge(tenant, "tokens", part.answer_tokens)
                 yield part
 
-    async def complete(self, tenant: Tenant, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[AnswerPart]:
-        """The answer to a prompt that stands for itself, within the tenant's limit."""
+    async def complete(
+        self, tenant: Tenant, prompt: Prompt, params: SamplingParams, request_id: str = ""
+    ) -> AsyncGenerator[AnswerPart]:
+        """The answer to a prompt that stands for itself, within the tenant's limit.
+
+        Under a request_id it is the same each time; raises AlreadyExists if that stood for another call.
+        """
         self._quotas.take(tenant, "tokens", 0)
-        async with aclosing(self.engines.complete(tenant.name, prompt, params)) as parts:
+        if request_id:
+            digest = digest_of("complete", prompt=prompt, params=asdict(params))
+            await self.engines.call("once", tenant.name, request_id=request_id, digest=digest)
+        async with aclosing(self._charged(tenant, self.engines.complete(tenant.name, prompt, params))) as parts:
             async for part in parts:
-                self._quotas.charge(tenant, "tokens", part.prompt_tokens + part.answer_tokens)
+                yield part
+
+    async def _charged(
+        self, tenant: Tenant, answer: AsyncGenerator[AnswerPart], after: int = 0
+    ) -> AsyncGenerator[AnswerPart]:
+        """An answer's parts, each of which counts as it comes, so that who leaves before the end has paid, too."""
+        async with aclosing(answer) as parts:
+            async for part in parts:
+                self._quotas.charge(tenant, "tokens", part.input_tokens + part.token_index - after)
+                after = part.token_index
                 yield part

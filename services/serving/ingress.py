@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -17,10 +16,10 @@ from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
 from segcore.errors import InvalidRequest, LimitExceeded
 from services.serving import codec
 from services.serving.config import ServeConfig
-from services.serving.decoding import all_decoded, check_decoded
+from services.serving.decoding import Time, all_decoded, check_decoded
 from services.serving.engines import as_segcore_error
 from services.serving.gate import Gate
-from services.serving.messages import check_name, session_id_for
+from services.serving.messages import UploadAck, check_name, session_id_for
 from services.serving.status import code_of, trailers_of
 from services.serving.tenants import Tenant
 
@@ -118,8 +117,8 @@ class Ingress:
     @_unary(pb.CreateSessionResponse)
     async def CreateSession(self, request: pb.CreateSessionRequest, call: Call) -> pb.CreateSessionResponse:
         session_id = request.session_id or call.metadata("session_id") or session_id_for(request.request_id)
-        await self._gate.check_sessions(call.tenant)
         where, ttl_s = _checked(session_id, call), codec.seconds_from(request, "ttl")
+        await self._gate.check_sessions(call.tenant, session_id)
         info = await self._engines.call("create", *where, request.model, ttl_s=ttl_s, request_id=request.request_id)
         return pb.CreateSessionResponse(session=codec.session_to(info))
 
@@ -144,8 +143,8 @@ class Ingress:
     @_unary(pb.ForkSessionResponse)
     async def ForkSession(self, request: pb.ForkSessionRequest, call: Call) -> pb.ForkSessionResponse:
         where = _checked(request.session_id, call)
-        await self._gate.check_sessions(call.tenant)
         new_id = request.new_session_id or session_id_for(request.request_id)
+        await self._gate.check_sessions(call.tenant, new_id)
         info = await self._engines.call("fork", *where, new_id, **codec.options_from(request))
         return pb.ForkSessionResponse(session=codec.session_to(info))
 
@@ -179,7 +178,7 @@ class Ingress:
         first = first or pb.ImportSessionRequest()
         session_id = first.session_id or call.metadata("session_id") or session_id_for(first.request_id)
         where = _checked(session_id, call)
-        await self._gate.check_sessions(call.tenant)
+        await self._gate.check_sessions(call.tenant, session_id)
         info = await self._engines.call("import_session", *where, bytes(data), request_id=first.request_id)
         return pb.ImportSessionResponse(session=codec.session_to(info))
 
@@ -191,7 +190,8 @@ class Ingress:
 
     @_unary(pb.CancelAnswerResponse)
     async def CancelAnswer(self, request: pb.CancelAnswerRequest, call: Call) -> pb.CancelAnswerResponse:
-        await self._engines.call("cancel_answer", *_checked(request.session_id, call))
+        where = _checked(request.session_id, call)
+        await self._engines.call("cancel_answer", *where, request_id=request.request_id)
         return pb.CancelAnswerResponse()
 
     @_streaming(pb.UploadDocumentResponse)
@@ -200,25 +200,39 @@ class Ingress:
     ) -> AsyncGenerator[pb.UploadDocumentResponse]:
         """One response per request. A stream that ends without a finish leaves the document open."""
         header: pb.DocumentHeader | None = None
-        ends: float | None = None
-        async for request in all_decoded(requests):
+        time = Time()
+        async for request in time.holds(all_decoded(requests)):
             kind = request.WhichOneof("message")
             if kind is None or (kind == "header") != (header is None):
                 raise InvalidRequest("an upload is one header, then data, then a finish", field=kind or "message")
             header = header or request.header
             where = (*_checked(header.session_id, call), header.document_id)
             if kind == "header":
-                timeout_s = codec.seconds_from(header, "timeout")
-                ends = None if timeout_s is None else time.monotonic() + timeout_s
-                total = header.total_bytes if header.HasField("total_bytes") else None
-                ack = await self._engines.call("open_document", *where, total, **codec.options_from(header))
-            elif kind == "data":
-                ack = await self._gate.append(call.tenant, *where[1:], request.data.offset, request.data.data, ends)
-            else:
-                ack = await self._engines.finish(*where, request.finish.total_bytes, request.finish.sha256, ends)
+                time.begin(codec.seconds_from(header, "timeout"))
+            with time.told():
+                ack = await self._upload_step(request, header, call.tenant, where, time.ends)
+            time.details["committed_offset"] = ack.committed_offset
             yield codec.ack_to(ack, self._config.window_bytes)
             if ack.finished:
                 return
+
+    async def _upload_step(
+        self,
+        request: pb.UploadDocumentRequest,
+        header: pb.DocumentHeader,
+        tenant: Tenant,
+        where: tuple[str, str, str],
+        ends: float | None,
+    ) -> UploadAck:
+        """One request of an upload. where: tenant, session, document."""
+        if request.HasField("header"):
+            total = header.total_bytes if header.HasField("total_bytes") else None
+            options = codec.options_from(header)
+            opened: UploadAck = await self._engines.call("open_document", *where, total, **options)
+            return opened
+        if request.HasField("data"):
+            return await self._gate.append(tenant, *where[1:], request.data.offset, request.data.data, ends)
+        return await self._gate.finish(tenant, *where[1:], request.finish.total_bytes, request.finish.sha256, ends)
 
     @_streaming(pb.GenerateResponse)
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> AsyncGenerator[pb.GenerateResponse]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +19,10 @@ from services.serving.config import ServeConfig
 
 
 @contextmanager
-def local_service(config: ServeConfig) -> Iterator[str]:
+def local_service(config: ServeConfig, most_replicas: int = 0) -> Iterator[str]:
     """Run a service on this machine, on a Ray of its own unless one is connected; yields its gRPC address.
+
+    most_replicas: of engines, if there may be more later than the configuration says.
 
     Ports that are 0 are chosen freely. Everything that was started is stopped at the end.
     """
@@ -33,7 +36,7 @@ def local_service(config: ServeConfig) -> Iterator[str]:
     config = _with_resources(config, one_node=own_ray)
     application = build(config)
     if own_ray:
-        start_ray(config.replicas + 1)
+        start_ray(max(config.replicas, most_replicas) + 1)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         _start_serve(config)
@@ -49,6 +52,29 @@ def local_service(config: ServeConfig) -> Iterator[str]:
         serve.delete(APPLICATION)  # lets the engine end its work and clear its disk
         if own_ray:
             ray.shutdown()
+
+
+def scale(replicas: int, timeout_s: float = 200) -> None:
+    """Have so many engines; returns once they run, and no other. Raises Unavailable if that takes longer.
+
+    It is what Serve's own REST call for external scalers does: no replica that stays is touched.
+    """
+    import ray
+    from ray import serve
+    from ray.serve._private.common import DeploymentID
+    from ray.serve.context import _get_global_client
+
+    from services.serving.app import APPLICATION
+
+    engine, ends = DeploymentID("engine", APPLICATION), time.monotonic() + timeout_s
+    ray.get(_get_global_client()._controller.update_deployment_replicas.remote(engine, replicas))
+    while True:
+        states = serve.status().applications[APPLICATION].deployments["engine"].replica_states
+        if {state: count for state, count in states.items() if count} == {"RUNNING": replicas}:
+            return
+        if time.monotonic() > ends:
+            raise Unavailable(f"{replicas} engines were asked for, and these are there: {states}")
+        time.sleep(0.1)
 
 
 def _start_serve(config: ServeConfig) -> None:

@@ -36,20 +36,22 @@ class DocumentInfo:
 class SessionInfo:
     """generation: how many writes there were. points: positions in the stream, in tokens, to which it can be rewound.
 
-    Of a session that no replica works on, all tokens count as processed.
+    Of a session that no replica works on, all tokens count as processed. unreadable: in a list, why nothing but the
+    name is known.
     """
 
     session_id: str
-    model: str
-    create_time: float
-    processed_tokens: int
-    pending_tokens: int
-    segments: int
-    documents: list[DocumentInfo]
+    model: str = ""
+    create_time: float = 0.0
+    processed_tokens: int = 0
+    pending_tokens: int = 0
+    segments: int = 0
+    documents: list[DocumentInfo] = field(default_factory=list)
     generation: int = 0
     ttl_s: float | None = None
     points: list[int] = field(default_factory=list)
     answering: bool = False
+    unreadable: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class UploadAck:
     """Everything below `committed_offset` is taken. generation: the session's.
 
     waiting: the engine hasn't come so far yet as the call should have waited for: make it again, with no new bytes.
+    input_tokens: those that the call's bytes became.
     """
 
     committed_offset: int
@@ -72,6 +75,7 @@ class UploadAck:
     finished: bool = False
     generation: int = 0
     waiting: bool = False
+    input_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,8 @@ class AnswerPart:
     """Some text of an answer; the last part has a finish reason, the counts of tokens, and the session's generation.
 
     token_index: how many of the answer's tokens all text so far stands for: where to go on after a break.
-    logprobs: of the tokens since the part before, if asked for.
+    logprobs: of the tokens since the part before, if asked for. input_tokens: of the question or prompt; with the first
+    part that anybody gets.
     """
 
     text: str
@@ -112,6 +117,7 @@ class AnswerPart:
     answer_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     generation: int = 0
+    input_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

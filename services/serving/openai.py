@@ -1,11 +1,13 @@
 """The OpenAI-compatible face: its requests, answers and errors, as far as this service can honour them.
 
-An option that would have no effect is refused rather than ignored. `session_id` is an extension: the messages, a user's
-only, go on with that session's stream; without it a request stands for itself.
+An option that would have no effect is refused rather than ignored. Two extensions: with `session_id` the messages, a
+user's only, go on with that session's stream; without it a request stands for itself. With `request_id` a request that
+is made again is answered alike. It isn't a header, for proxies and tracers choose X-Request-Id.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import time
@@ -81,6 +83,7 @@ class _Common(BaseModel):
     stream_options: _StreamOptions | None = None
     user: str | None = None
     session_id: str | None = None
+    request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     n: Literal[1] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
@@ -91,17 +94,22 @@ class _Common(BaseModel):
     def wanted_logprobs(self) -> int | None: ...
 
     def sampling(self, default_tokens: int) -> SamplingParams:
-        """Raises InvalidRequest. Defaults are the API's: temperature 1, and another seed each time."""
+        """Raises InvalidRequest. Defaults are the API's: temperature 1, and another seed for each request."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
             max_tokens=self.max_tokens or default_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
-            seed=secrets.randbelow(MAX_SEED) if self.seed is None else self.seed % MAX_SEED,
+            seed=self._own_seed() if self.seed is None else self.seed % MAX_SEED,
             stop=tuple(stop),
             logprobs=self.wanted_logprobs,
         )
+
+    def _own_seed(self) -> int:
+        if self.request_id is None:
+            return secrets.randbelow(MAX_SEED)
+        return int.from_bytes(hashlib.sha256(self.request_id.encode()).digest()[:8], "big") % MAX_SEED
 
 
 class ChatRequest(_Common):
@@ -149,20 +157,21 @@ async def chat_completions(request: Request, gate: Gate, tenant: Tenant) -> Resp
         asked.max_tokens = asked.max_completion_tokens
     params = asked.sampling(_DEFAULT_CHAT_TOKENS)
     if asked.session_id is None:
-        parts = gate.complete(tenant, asked.prompt(), params)
+        parts = gate.complete(tenant, asked.prompt(), params, asked.request_id or "")
     else:
         if params.logprobs is not None:
             raise InvalidRequest("a session's answers come without log-probabilities", field="logprobs")
-        parts = gate.answer(tenant, asked.session_id, _session_question(asked.prompt()), params)
-    return await _respond(_Chat(await _served(gate, asked.model)), parts, asked)
+        question, request_id = _session_question(asked.prompt()), asked.request_id or ""
+        parts = gate.answer(tenant, asked.session_id, question, params, request_id=request_id)
+    return await _respond(_Chat(await _served(gate, asked.model), asked.request_id), parts, asked)
 
 
 async def completions(request: Request, gate: Gate, tenant: Tenant) -> Response:
     asked = await _read(request, gate, CompletionRequest)
     if asked.session_id is not None:
         raise InvalidRequest("a session holds a conversation: ask it with /v1/chat/completions", field="session_id")
-    parts = gate.complete(tenant, asked.prompt, asked.sampling(default_tokens=16))
-    return await _respond(_Text(await _served(gate, asked.model)), parts, asked)
+    parts = gate.complete(tenant, asked.prompt, asked.sampling(default_tokens=16), asked.request_id or "")
+    return await _respond(_Text(await _served(gate, asked.model), asked.request_id), parts, asked)
 
 
 async def _read(request: Request, gate: Gate, kind: type[Any]) -> Any:
@@ -202,8 +211,9 @@ class _Shape(ABC):
     kind: str
     chunk_kind: str
 
-    def __init__(self, model: str) -> None:
-        self.common = {"id": self.id_prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
+    def __init__(self, model: str, request_id: str | None) -> None:
+        name = self.id_prefix + (request_id or uuid.uuid4().hex)
+        self.common = {"id": name, "created": int(time.time()), "model": model}
 
     @abstractmethod
     def choice(self, text: str, logprobs: list[TokenLogprob] | None) -> dict[str, Any]: ...
@@ -229,8 +239,8 @@ class _Chat(_Shape):
 class _Text(_Shape):
     id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, model: str) -> None:
-        super().__init__(model)
+    def __init__(self, model: str, request_id: str | None) -> None:
+        super().__init__(model, request_id)
         self._offset = 0
 
     def choice(self, text: str, logprobs: list[TokenLogprob] | None) -> dict[str, Any]:

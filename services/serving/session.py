@@ -21,7 +21,7 @@ from services.serving.directory import open_directory
 from services.serving.directory.base import Directory, Name
 from services.serving.documents import Documents
 from services.serving.messages import AnswerPart, DocumentInfo, Passage, UploadAck, check_name, check_request_id
-from services.serving.record import Record
+from services.serving.record import Done, Record, digest_of
 
 
 class Sessions(Catalog):
@@ -47,6 +47,7 @@ class Sessions(Catalog):
         document_id: str,
         total_bytes: int | None,
         *,
+        request_id: str = "",
         expected_generation: int | None = None,
     ) -> UploadAck:
         """Begin a document, or continue the open one; a finished one is acknowledged as finished.
@@ -55,9 +56,13 @@ class Sessions(Catalog):
         """
         name = name_of(tenant, session_id)
         check_name("document_id", document_id)
+        check_request_id(request_id)
+        asked = {"document_id": document_id, "total_bytes": total_bytes, "expected_generation": expected_generation}
+        digest = digest_of("open_document", **asked)
         async with self._lives.using(name) as live, self._lives.claimed(live):
-            self._check(live, expected_generation)
-            return await self._documents.open(live, document_id, total_bytes)
+            known = live.record.known(request_id, digest) is not None
+            self._check(live, None if known else expected_generation)
+            return await self._documents.open(live, document_id, total_bytes, request_id, Done(digest=digest))
 
     async def append(
         self,
@@ -155,11 +160,15 @@ class Sessions(Catalog):
             async for part in parts:
                 yield part
 
-    async def cancel_answer(self, tenant: str, session_id: str) -> None:
-        """End the answer under way, if any; returns when the session takes calls again."""
+    async def cancel_answer(self, tenant: str, session_id: str, *, request_id: str = "") -> None:
+        """End the answer under way, if any; returns when the session takes calls again.
+
+        request_id: of the answer that is meant; "" is any.
+        """
         name = name_of(tenant, session_id)
+        check_request_id(request_id)
         async with self._lives.using(name) as live:
-            await self._answers.cancel(live)
+            await self._answers.cancel(live, request_id)
 
     async def drain(self) -> None:
         """End all calls at the next step, for other replicas to go on with; take no more."""

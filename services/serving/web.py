@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from segcore.errors import InvalidRequest, NotFound, SegcoreError
 from services.serving import openai
 from services.serving.engines import as_segcore_error
 from services.serving.gate import Gate
-from services.serving.messages import UploadAck, check_name
+from services.serving.messages import UploadAck, check_name, session_id_for
 from services.serving.tenants import Tenant
 from services.serving.weberror import body_of, read_body, read_object, response_of
 
@@ -50,6 +49,7 @@ def web_app(gate: Gate) -> Starlette:
         route(session, get_session, "GET"),
         route(session, delete_session, "DELETE"),
         route(session + "/fork", fork, "POST"),
+        route(session + "/cancel", cancel, "POST"),
         route(session + "/passages", passages, "GET"),
         route(document, append, "PUT"),
         route(document + "/finish", finish, "POST"),
@@ -68,11 +68,12 @@ async def server(request: Request, gate: Gate, tenant: Tenant) -> Response:
 
 
 async def create_session(request: Request, gate: Gate, tenant: Tenant) -> Response:
-    wanted = await read_object(request, {"session_id": str, "model": str})
-    name = wanted.get("session_id") or uuid.uuid4().hex
+    wanted = await read_object(request, {"session_id": str, "model": str, "request_id": str})
+    request_id = wanted.get("request_id", "")
+    name = wanted.get("session_id") or session_id_for(request_id)
     check_name("session_id", name)
-    await gate.check_sessions(tenant)
-    info = await gate.engines.call("create", tenant.name, name, wanted.get("model", ""))
+    await gate.check_sessions(tenant, name)
+    info = await gate.engines.call("create", tenant.name, name, wanted.get("model", ""), request_id=request_id)
     return JSONResponse(dataclasses.asdict(info), 201)
 
 
@@ -89,11 +90,19 @@ async def delete_session(request: Request, gate: Gate, tenant: Tenant) -> Respon
 
 async def fork(request: Request, gate: Gate, tenant: Tenant) -> Response:
     name = request.path_params["session_id"]
-    new = (await read_object(request, {"session_id": str})).get("session_id") or uuid.uuid4().hex
+    wanted = await read_object(request, {"session_id": str, "request_id": str})
+    request_id = wanted.get("request_id", "")
+    new = wanted.get("session_id") or session_id_for(request_id)
     check_name("session_id", new)
-    await gate.check_sessions(tenant)
-    info = await gate.engines.call("fork", tenant.name, name, new)
+    await gate.check_sessions(tenant, new)
+    info = await gate.engines.call("fork", tenant.name, name, new, request_id=request_id)
     return JSONResponse(dataclasses.asdict(info), 201)
+
+
+async def cancel(request: Request, gate: Gate, tenant: Tenant) -> Response:
+    """End the session's answer: one with a request_id waits for its caller to come back."""
+    await gate.engines.call("cancel_answer", tenant.name, request.path_params["session_id"])
+    return Response(status_code=204)
 
 
 async def passages(request: Request, gate: Gate, tenant: Tenant) -> Response:
@@ -123,7 +132,7 @@ async def finish(request: Request, gate: Gate, tenant: Tenant) -> Response:
         total, digest = said["total_bytes"], bytes.fromhex(said["sha256"])
     except (KeyError, ValueError):
         raise InvalidRequest("finish needs total_bytes and sha256, in hexadecimal", field="sha256") from None
-    ack = await gate.engines.finish(tenant.name, session_id, document_id, total, digest)
+    ack = await gate.finish(tenant, session_id, document_id, total, digest)
     return JSONResponse(_ack(ack, gate))
 
 

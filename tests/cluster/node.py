@@ -19,6 +19,7 @@ from tests.services.cluster import free_port, wait_for
 
 NETWORK = "10.88.77"
 BRIDGE = "segcore-test"
+NAMESPACES = Path("/var/run/netns")
 PAUSE = "segcore-test/pause:1"
 
 
@@ -46,7 +47,7 @@ def open_node(server: ApiServer, assets: Path, folder: Path, images: list[str]) 
         [*dns, f"--hostsdir={folder / 'hosts'}"],
     ]
     with contextlib.ExitStack() as started:
-        started.callback(clean_up, folder)
+        started.callback(clean_up, folder, set(NAMESPACES.glob("cni-*")))
         for command in commands:
             started.enter_context(process(command, folder / f"{Path(command[0]).name}.log"))
         wait_for(socket.exists)
@@ -159,8 +160,10 @@ def end_containers(socket: Path) -> None:
         subprocess.run([*ctr, "rm", "-f", task], check=False, capture_output=True)
 
 
-def clean_up(folder: Path) -> None:
-    """Mounts of pods outlive the kubelet, and the bridge its pods."""
+def clean_up(folder: Path, before: set[Path]) -> None:
+    """Mounts of pods outlive the kubelet, and networks their pods. before: namespaces of networks that were there."""
+    for namespace in set(NAMESPACES.glob("cni-*")) - before:
+        subprocess.run(["ip", "netns", "delete", namespace.name], check=False)
     for line in reversed(Path("/proc/mounts").read_text().splitlines()):
         if (place := line.split()[1]).startswith(str(folder)):
             subprocess.run(["umount", "-l", place], check=False)

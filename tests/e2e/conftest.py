@@ -44,7 +44,7 @@ def config(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> S
 
 @pytest.fixture(scope="package")
 def address(config: ServeConfig) -> Iterator[str]:
-    with local_service(config) as where:
+    with local_service(config, most_replicas=3) as where:
         yield where
 
 

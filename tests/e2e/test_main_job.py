@@ -210,9 +210,11 @@ async def cutting_proxy(address: str, cut_after: list[int]) -> AsyncIterator[str
 
 
 def test_broken_connections_are_taken_up_by_the_client(address, session, client, unbroken_answer):
+    expected = {"expected_generation": client.get_session(session).generation}  # at the beginning only
+
     async def upload() -> UploadAck:
         async with cutting_proxy(address, [3000, 6000, 1500]) as proxy, AsyncClient(proxy) as through_proxy:
-            return await through_proxy.upload(session, io.BytesIO(DOCUMENT.encode()), document_id="doc")
+            return await through_proxy.upload(session, io.BytesIO(DOCUMENT.encode()), document_id="doc", **expected)
 
     assert asyncio.run(upload()).finished
     assert client.get_document(session, "doc").committed_offset == len(DOCUMENT.encode())

@@ -8,16 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
-import ray
-from ray import serve
-from ray.serve._private.common import DeploymentID
-from ray.serve.context import _get_global_client
 
 from segcore.errors import SegcoreError
 from segcore.sampling import SamplingParams
-from services.serving.app import APPLICATION
 from services.serving.client import Client
 from services.serving.config import ServeConfig
+from services.serving.local import scale
 
 pytestmark = pytest.mark.e2e
 
@@ -27,26 +23,14 @@ ANSWERS = (
     SamplingParams(max_tokens=60, stop=("ÿ",)),
     SamplingParams(max_tokens=60, stop=("ÿ",), temperature=1.0, seed=3),
 )
+REPLICAS = 3
 WAIT_S = 200.0
-
-
-def scale(replicas: int) -> None:
-    """Have as many engines; returns when that is so. It is what Serve's own REST call for external scalers does."""
-    engine = DeploymentID("engine", APPLICATION)
-    ray.get(_get_global_client()._controller.update_deployment_replicas.remote(engine, replicas))
-    until(lambda: engines() == {"RUNNING": replicas})
-
-
-def engines() -> dict[str, int]:
-    """How many there are, by their state."""
-    states = serve.status().applications[APPLICATION].deployments["engine"].replica_states
-    return {state: count for state, count in states.items() if count}
 
 
 def until(true: Callable[[], bool]) -> None:
     ends = time.monotonic() + WAIT_S
     while not true():
-        assert time.monotonic() < ends, engines()
+        assert time.monotonic() < ends
         time.sleep(0.1)
 
 
@@ -98,20 +82,16 @@ class Load:
 @pytest.fixture
 def scaled_back(config: ServeConfig) -> Iterator[None]:
     yield
-    scale(config.replicas)
+    scale(config.replicas, WAIT_S)
 
 
 @pytest.mark.usefixtures("scaled_back")
-def test_fewer_engines_and_more_again_lose_nothing(address, config, client, capsys):
+def test_fewer_engines_and_more_again_lose_nothing(address, client, tell):
     with Load(address) as load:
-        load.some_more()
-        scale(1)
-        load.some_more()
-        scale(config.replicas)
-        load.some_more()
-    with capsys.disabled():
-        did = f"{config.replicas} -> 1 -> {config.replicas} engines under {CLIENTS} clients"
-        print(f"\n{did}: {dict(load.counts)}")  # noqa: T201 - what it is for
+        for replicas in (REPLICAS, 1, REPLICAS):
+            scale(replicas, WAIT_S)
+            load.some_more()
+    tell(f"{REPLICAS} -> 1 -> {REPLICAS} engines under {CLIENTS} clients: {dict(load.counts)}")
     assert load.faults == []
     assert load.counts["different"] == load.counts["lost"] == 0
     assert not [info for info in client.list_sessions() if info.answering]

@@ -114,7 +114,8 @@ def test_what_is_quicker_is_done(make_engine, tmp_path, quicker, monkeypatch):
     first.check_integrity()
     again = make_engine(cache=cache)
     slow, quick = (1.0, 1e6), (1e12, 1.0)  # units, and the seconds that they took
-    head_rate, again._past._head_bytes = again._past._head_rates["shared"], 1
+    slower = again._past._slower
+    head_rate, slower._head_bytes = slower._rates["shared"], 1
     head_rate.add(*(quick if quicker == "restoring" else slow))
     again._steps._speed._rate.add(*(slow if quicker == "restoring" else quick))
     again.replay("s", tokens, [*stops, len(tokens)])

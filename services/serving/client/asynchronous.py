@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,15 +12,16 @@ import grpc
 
 from protos.gen.segcore.v1 import segcore_pb2 as pb
 from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
-from segcore.errors import SegcoreError
+from segcore.errors import DeadlineExceeded, SegcoreError, Unavailable
 from segcore.sampling import SamplingParams
 from services.serving import codec
-from services.serving.client.retries import Patience, retried, typed_errors
+from services.serving.client.retries import Deadline, Patience, retried, typed_errors
 from services.serving.client.upload import OnProgress, Source, Upload, reading
 from services.serving.messages import AnswerPart, DocumentInfo, SessionInfo, UploadAck
 
 _OPTIONS = [("grpc.keepalive_time_ms", 30_000), ("grpc.max_receive_message_length", 16 * 2**20)]
 _IMPORT_BYTES = 2**20
+_GIVE_UP_S = 2.0
 
 
 class AsyncClient:
@@ -155,15 +157,20 @@ class AsyncClient:
         *,
         document_id: str | None = None,
         on_progress: OnProgress | None = None,
+        timeout_s: float | None = None,
+        expected_generation: int | None = None,
     ) -> UploadAck:
         """Stream a document into a session; returns when all of it has been run.
 
         source: a path, a string, bytes, or a binary file, which is read as fast as the service takes it. A broken
-        connection is taken up where it broke. on_progress is called for every acknowledgement.
+        connection is taken up where it broke. on_progress is called for every acknowledgement. timeout_s: for all of
+        it; then DeadlineExceeded says the committed_offset, and another call, under the same document_id, goes on
+        there. expected_generation: the only one at which the upload is to begin; else it raises Conflict.
         """
         with reading(source) as file:
             name = document_id or uuid.uuid4().hex
-            upload = Upload(self.open_upload, session_id, name, file, on_progress or (lambda _: None))
+            told, deadline = on_progress or (lambda _: None), Deadline(timeout_s)
+            upload = Upload(self.open_upload, session_id, name, file, told, deadline, expected_generation)
             return await upload.run()
 
     async def generate(
@@ -174,41 +181,64 @@ class AsyncClient:
         *,
         request_id: str | None = None,
         after_token: int = 0,
+        timeout_s: float | None = None,
+        expected_generation: int | None = None,
     ) -> AsyncIterator[AnswerPart]:
         """Ask about what was uploaded; the answer's parts as they come. Closing the iterator ends the answer.
 
         A stream that breaks is taken up where it broke. With a request_id, another client can do so, too, or read the
-        answer again: the part after `after_token` tokens.
+        answer again: the part after `after_token` tokens. timeout_s: for all of it; then DeadlineExceeded says the
+        token_index; an answer without a request_id ends there. expected_generation: the only one at which the question
+        is to be asked; else it raises Conflict.
         """
+        deadline = Deadline(timeout_s)
         request = pb.GenerateRequest(
             session_id=session_id,
             question=question,
             sampling=codec.sampling_to(params or SamplingParams()),
             request_id=request_id or uuid.uuid4().hex,
             after_token=after_token,
+            expected_generation=expected_generation,
         )
-        patience = Patience()
+        patience = Patience(deadline)
         while True:
-            call = self._generation.Generate(request, metadata=self._route(session_id))
+            if (left := codec.duration(deadline.left_s)) is not None:
+                request.timeout.CopyFrom(left)
+            call = self._generation.Generate(request, metadata=self._route(session_id), timeout=deadline.wait_s)
             try:
                 with typed_errors():
                     async for response in call:
                         # What has neither only carries a failure's status.
                         if response.token_index or response.HasField("usage"):
-                            patience, request.after_token = Patience(), response.token_index
+                            patience, request.after_token = Patience(deadline), response.token_index
                             yield codec.answer_from(response)
                 return
             except SegcoreError as error:
-                await patience.wait(error)
+                try:
+                    await patience.wait(error)
+                except (DeadlineExceeded, Unavailable) as last:
+                    last.details.setdefault("token_index", str(request.after_token))
+                    if request_id is None:  # nobody can take it up
+                        await self._give_up(session_id, request.request_id)
+                    raise
             finally:
                 if not call.done():
                     call.cancel()
-                    await self.cancel_answer(session_id)
+                    await self.cancel_answer(session_id, request_id=request.request_id)
 
-    async def cancel_answer(self, session_id: str) -> None:
-        """End the session's answer, if it is answering: this client's, or that of one that is gone."""
-        request = pb.CancelAnswerRequest(session_id=session_id)
+    async def cancel_answer(self, session_id: str, *, request_id: str = "") -> None:
+        """End the session's answer, if it is answering: this client's, or that of one that is gone.
+
+        request_id: of the answer that is meant; "" is any.
+        """
+        request = pb.CancelAnswerRequest(session_id=session_id, request_id=request_id)
         await retried(lambda: self._generation.CancelAnswer(request, metadata=self._route(session_id)))
+
+    async def _give_up(self, session_id: str, request_id: str) -> None:
+        """End an answer if the service can be reached just now."""
+        request = pb.CancelAnswerRequest(session_id=session_id, request_id=request_id)
+        with suppress(grpc.aio.AioRpcError):
+            await self._generation.CancelAnswer(request, metadata=self._route(session_id), timeout=_GIVE_UP_S)
 
     def open_upload(self, session_id: str) -> Any:
         """The bare bidirectional call, for those who speak the protocol themselves."""

@@ -81,8 +81,19 @@ class Client:
         *,
         document_id: str | None = None,
         on_progress: OnProgress | None = None,
+        timeout_s: float | None = None,
+        expected_generation: int | None = None,
     ) -> UploadAck:
-        return self._run(self._client.upload(session_id, source, document_id=document_id, on_progress=on_progress))
+        return self._run(
+            self._client.upload(
+                session_id,
+                source,
+                document_id=document_id,
+                on_progress=on_progress,
+                timeout_s=timeout_s,
+                expected_generation=expected_generation,
+            )
+        )
 
     def generate(
         self,
@@ -92,16 +103,26 @@ class Client:
         *,
         request_id: str | None = None,
         after_token: int = 0,
+        timeout_s: float | None = None,
+        expected_generation: int | None = None,
     ) -> Iterator[AnswerPart]:
-        parts = self._client.generate(session_id, question, params, request_id=request_id, after_token=after_token)
+        parts = self._client.generate(
+            session_id,
+            question,
+            params,
+            request_id=request_id,
+            after_token=after_token,
+            timeout_s=timeout_s,
+            expected_generation=expected_generation,
+        )
         try:
             while (part := self._run(_next_or_none(parts))) is not None:
                 yield part
         finally:
             self._run(parts.aclose())  # type: ignore[attr-defined]
 
-    def cancel_answer(self, session_id: str) -> None:
-        self._run(self._client.cancel_answer(session_id))
+    def cancel_answer(self, session_id: str, *, request_id: str = "") -> None:
+        self._run(self._client.cancel_answer(session_id, request_id=request_id))
 
     def _run(self, work: Awaitable[T]) -> T:
         future = asyncio.run_coroutine_threadsafe(_awaited(work), self._loop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any, BinaryIO
 import grpc
 
 from protos.gen.segcore.v1 import segcore_pb2 as pb
-from segcore.errors import AlreadyExists, FailedPrecondition, SegcoreError
+from segcore.errors import AlreadyExists, DeadlineExceeded, FailedPrecondition, SegcoreError, Unavailable
 from services.serving import codec
-from services.serving.client.retries import Patience, ended_early
+from services.serving.client.retries import Deadline, Patience, ended_early
 from services.serving.messages import UploadAck
 
 Source = Path | bytes | str | BinaryIO
@@ -32,8 +33,13 @@ class Upload:
         document_id: str,
         file: BinaryIO,
         on_progress: OnProgress,
+        deadline: Deadline,
+        expected_generation: int | None,
     ) -> None:
         """open_call: begins a bidirectional call for a session."""
+        self._deadline, self._expected = deadline, dict[str, Any]()
+        if expected_generation is not None:  # under an id, since the answer to a header may be lost
+            self._expected = {"expected_generation": expected_generation, "request_id": uuid.uuid4().hex}
         self._open_call, self._session_id, self._document_id = open_call, session_id, document_id
         self._file, self._on_progress = file, on_progress
         self._digest = hashlib.sha256()
@@ -45,24 +51,37 @@ class Upload:
         self._acknowledged = asyncio.Event()
 
     async def run(self) -> UploadAck:
-        """Until all of it has been run. Raises SegcoreError."""
-        patience = Patience()
+        """Until all of it has been run. Raises SegcoreError; those of lack of time say what is committed."""
+        try:
+            async with asyncio.timeout(self._deadline.wait_s) as limit:
+                return await self._attempts()
+        except TimeoutError:
+            if not limit.expired():  # the source's own
+                raise
+            raise self._deadline.over(document_id=self._document_id, committed_offset=self._committed) from None
+        except (DeadlineExceeded, Unavailable) as error:
+            known = {"document_id": self._document_id, "committed_offset": str(self._committed)}
+            error.details = known | error.details
+            raise
+
+    async def _attempts(self) -> UploadAck:
+        patience = Patience(self._deadline)
         while True:
             before = self._committed
             try:
                 return await self._attempt()
             except SegcoreError as error:
                 if self._committed > before:  # it went on meanwhile: a new fault, with patience of its own
-                    patience = Patience()
+                    patience = Patience(self._deadline)
                 await patience.wait(error)
 
     async def _attempt(self) -> UploadAck:
         call = self._open_call(self._session_id)
         acks: asyncio.Task[UploadAck] | None = None
         try:
-            header = pb.DocumentHeader(session_id=self._session_id, document_id=self._document_id)
-            await call.write(pb.UploadDocumentRequest(header=header))
+            await call.write(pb.UploadDocumentRequest(header=self._header()))
             ack = await self._take_ack(call)
+            self._expected = {}  # from here on the generations are our own
             if ack.finished:  # ours, and only the answer to its finish was lost
                 return ack
             acks = asyncio.create_task(self._take_acks(call))
@@ -76,6 +95,14 @@ class Upload:
             if acks is not None:
                 acks.cancel()
                 await asyncio.gather(acks, return_exceptions=True)
+
+    def _header(self) -> pb.DocumentHeader:
+        return pb.DocumentHeader(
+            session_id=self._session_id,
+            document_id=self._document_id,
+            timeout=codec.duration(self._deadline.left_s),
+            **self._expected,
+        )
 
     async def _send(self, call: Any, acks: asyncio.Task[UploadAck]) -> None:
         """Send from the committed offset on, never more than the window beyond it; then finish."""

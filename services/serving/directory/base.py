@@ -14,12 +14,30 @@ from typing import NamedTuple, Protocol
 
 from segcore.errors import Conflict, LeaseLost, NotFound, SegcoreError, Unavailable
 
+# Calls of no session are kept under a tenant's name with this behind it, which isn't any tenant's, and never listed.
+_REQUESTS = ".requests"
+
 
 class Name(NamedTuple):
     """A session's: tenants share no names. Each part has up to 64 letters, digits, '-' or '_'."""
 
     tenant: str
     session_id: str
+
+    @property
+    def owner(self) -> str:
+        """The tenant whose keys encrypt it."""
+        return self.tenant.removesuffix(_REQUESTS)
+
+    @property
+    def listed(self) -> bool:
+        """Whether `names` ever asks for it."""
+        return not self.tenant.endswith(_REQUESTS)
+
+
+def request_name(tenant: str, request_id: str) -> Name:
+    """Under which a call of no session is remembered."""
+    return Name(tenant + _REQUESTS, request_id)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from segcore.errors import FailedPrecondition
 from services.serving.directory.base import Directory, Lease, Name, Stored
 from services.serving.encryption import Keys
 
@@ -56,10 +57,14 @@ class EncryptedDirectory:
         return self._inner.commit(lease, generation, sealed, record=record, keep=keep, ttl_s=ttl_s)
 
     def delete(self, name: Name, remnant: bytes, keep_s: float, generation: int | None = None) -> None:
-        self._inner.delete(name, self._seal(name, "record", remnant), keep_s, generation)
+        try:
+            sealed = self._seal(name, "record", remnant)
+        except FailedPrecondition:  # a tenant without a key: nothing of it can be kept
+            sealed, keep_s = b"", 0.0
+        self._inner.delete(name, sealed, keep_s, generation)
 
     def _seal(self, name: Name, kind: str, value: bytes) -> bytes:
-        return self._keys.seal(name.tenant, _bound(name, kind), value)
+        return self._keys.seal(name.owner, _bound(name, kind), value)
 
     def _unsealed(self, name: Name, stored: Stored) -> Stored:
         return replace(stored, record=self._keys.unseal(_bound(name, "record"), stored.record))

@@ -135,14 +135,13 @@ class RedisDirectory:
     def create(self, name: Name, record: bytes, entries: Iterable[bytes] = (), *, ttl_s: float | None = None) -> int:
         aside = f"{_key(name)}:aside:{uuid.uuid4().hex}"
         with _errors():
-            self._redis.zadd(_index(name.tenant), {name.session_id: 0})
+            self._list(name)
             self._put_aside(aside, entries)
             made = self._scripts["create"](keys=[*_keys(name), aside], args=[record, _ms(ttl_s)])
             if not made:
                 self._redis.delete(aside)
                 raise AlreadyExists(f"session {name.session_id!r} already exists; choose another id")
-            # Once more: a listing may have found a name without a session.
-            self._redis.zadd(_index(name.tenant), {name.session_id: 0})
+            self._list(name)  # once more: a listing may have found a name without a session
         return 1
 
     def read(self, name: Name) -> Stored | None:
@@ -230,6 +229,10 @@ class RedisDirectory:
     def _run(self, script: str, name: Name, *args: str | float | bytes) -> Any:
         with _errors():
             return self._scripts[script](keys=_keys(name), args=list(args))
+
+    def _list(self, name: Name) -> None:
+        if name.listed:
+            self._redis.zadd(_index(name.tenant), {name.session_id: 0})
 
     def _put_aside(self, key: str, entries: Iterable[bytes]) -> None:
         self._redis.delete(key)

@@ -25,7 +25,20 @@ async function call(method, path, body, more = {}) {
   if (response.ok) return response;
   if (response.status === 401) at("token").hidden = false;
   const told = await response.json().catch(() => null);
-  throw new Error(told?.error?.message ?? `the service answered ${response.status}`);
+  const error = new Error(told?.error?.message ?? `the service answered ${response.status}`);
+  error.waitMs = Number(response.headers.get("retry-after-ms"));
+  throw error;
+}
+
+// Again after each pause that the service asks for, some times over.
+async function patiently(work, tries = 20) {
+  try {
+    return await work();
+  } catch (error) {
+    if (!error.waitMs || !tries) throw error;
+    await new Promise((done) => setTimeout(done, error.waitMs));
+    return patiently(work, tries - 1);
+  }
 }
 
 const json = async (...request) => (await call(...request)).json();
@@ -87,7 +100,7 @@ async function upload(file) {
   try {
     do {
       const piece = bytes.subarray(offset, offset + window_bytes);
-      const ack = await json("PUT", `${path}?offset=${offset}`, piece);
+      const ack = await patiently(() => json("PUT", `${path}?offset=${offset}`, piece));
       offset = ack.committed_offset;
       progress(session, ack, offset, bytes.length);
     } while (offset < bytes.length);
@@ -104,7 +117,7 @@ async function upload(file) {
 
 async function finish(path, bytes) {
   const sha256 = hex(await crypto.subtle.digest("SHA-256", bytes));
-  return json("POST", `${path}/finish`, { total_bytes: bytes.length, sha256 });
+  return patiently(() => json("POST", `${path}/finish`, { total_bytes: bytes.length, sha256 }));
 }
 
 const hex = (buffer) => Array.from(new Uint8Array(buffer), (byte) => byte.toString(16).padStart(2, "0")).join("");

@@ -322,6 +322,7 @@ class Dying(Worker):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_a_worker_that_is_killed_is_replaced(tmp_path, values, monkeypatch):
     """On a real local Ray, with two workers."""
     monkeypatch.setattr("services.evaluation.worker.Worker", Dying)

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from segcore.errors import BlockDamaged, BlockMismatch, ConfigError, FailedPrecondition, SessionLost
+from segcore.errors import (
+    AlreadyExists,
+    BlockDamaged,
+    BlockMismatch,
+    ConfigError,
+    Conflict,
+    FailedPrecondition,
+    NotFound,
+    SessionLost,
+)
 from segcore.fingerprint import Fingerprint
 from segcore.pastkv.base import Block
 from segcore.pastkv.directory import LocalDisk
@@ -112,6 +121,42 @@ async def test_without_the_right_key_there_is_an_error_and_no_garbage(replica, k
         await one.create("acme", "s")
     with pytest.raises(FailedPrecondition, match="no encryption key for tenant 'acme'"):
         one._engine.open("stream", tenant="acme")
+
+
+@pytest.mark.parametrize("kind", ["files", "redis"])
+@pytest.mark.parametrize("left", ["another key", "no key of the tenant"])
+async def test_a_session_whose_key_is_gone_is_listed_and_can_be_deleted(replica, own_redis, keys_file, kind, left):
+    where = {"sessions": own_redis.url} if kind == "redis" else {}
+    one = replica(**where, encryption_keys=keys_file(OLD))
+    generation = (await one.create("", "old")).generation
+    await upload(one, "old")
+    two = replica(**where, encryption_keys=keys_file(NEW, tenant="" if left == "another key" else "other"))
+    readable = ["new"] if left == "another key" else []
+    for name in readable:
+        await two.create("", name)
+    infos = {info.session_id: info for info in (await two.list_sessions("")).sessions}
+    assert set(infos) == {"old", *readable}
+    assert "isn't in encryption_keys" in infos["old"].unreadable
+    assert all(infos[name].unreadable == "" and infos[name].model for name in readable)
+    with pytest.raises(FailedPrecondition, match="isn't in encryption_keys"):
+        await two.get("", "old")
+    with pytest.raises(Conflict):
+        await two.delete("", "old", expected_generation=generation)
+    await two.delete("", "old", request_id="d")
+    if readable:
+        await two.delete("", "old", request_id="d")  # made again
+    with pytest.raises(NotFound):
+        await two.get("", "old")
+    assert [info.session_id for info in (await two.list_sessions("")).sessions] == readable
+
+
+async def test_calls_of_no_session_are_remembered_encrypted(replica, keys_file):
+    one = replica(encryption_keys=keys_file(OLD, tenant="acme"))
+    for _ in "12":
+        await one.once("acme", "r", "digest")
+    with pytest.raises(AlreadyExists):
+        await one.once("acme", "r", "another")
+    assert (await one.list_sessions("acme")).sessions == []
 
 
 async def test_sessions_in_plain_are_refused(replica, keys_file):

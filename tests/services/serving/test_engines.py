@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -107,8 +108,8 @@ class CutOff(Tier):
 
 
 async def whole(engines: Engines) -> list[str]:
-    await engines.call("create", "", "s")
-    ack = await engines.call("open_document", "", "s", "d", None)
+    made = await engines.call("create", "", "s")
+    ack = await engines.call("open_document", "", "s", "d", None, expected_generation=made.generation)
     while ack.committed_offset < len(DOCUMENT):
         at = ack.committed_offset
         ack = await engines.append("", "s", "d", at, DOCUMENT[at : at + 199])
@@ -207,3 +208,26 @@ async def test_a_tier_that_is_gone_for_good_is_said_to_be(replica, config, monke
     monkeypatch.setattr(_Method, "_call", gone)
     with pytest.raises(SegcoreError, match="isn't reachable"):
         await engines.call("get", "", "s")
+
+
+async def test_a_tier_that_is_gone_takes_no_more_than_the_callers_time(replica, config, monkeypatch):
+    """However long the tier would be waited for; a call that is made again has what is left of the time."""
+    engines, told = Engines(Tier(replica, lambda: "well"), config), list[float]()
+
+    def gone(*_: object, **options: object) -> None:
+        told.append(options["timeout_s"])
+        raise RayActorError
+
+    monkeypatch.setattr(_Method, "_call", gone)
+    monkeypatch.setattr(_Method, "_stream", gone)
+    for call in (
+        lambda ends: engines.append("", "s", "d", 0, b"text", ends),
+        lambda ends: engines.finish("", "s", "d", 4, b"", ends),
+        lambda ends: anext(engines.generate("", "s", QUESTION, GREEDY, request_id="r", timeout_s=0.3)),
+    ):
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            await call(began + 0.3)
+        assert time.monotonic() - began < 5
+        assert told[0] > told[-1] >= 0
+        told.clear()

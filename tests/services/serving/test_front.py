@@ -300,6 +300,29 @@ def test_a_limit_says_when_to_come_again(guarded):
     assert 1 <= int(headers["Retry-After"]) <= 21
 
 
+def test_at_its_last_session_a_tenant_can_make_a_call_again(front, tmp_path):
+    file = tmp_path / "tenants.json"
+    file.write_text(json.dumps({"tenants": [{"name": "two", "tokens": [token_hash("two")], "sessions": 2}]}))
+    metadata = [("authorization", "Bearer two")]
+    with grpc.insecure_channel(front(tenants=file).grpc) as channel:
+        sessions = stubs.SessionServiceStub(channel)
+        made, forked = (
+            [
+                call(request, metadata=metadata, timeout=20).session.session_id
+                for _ in "12"  # the first one's answer may have been lost
+            ]
+            for call, request in (
+                (sessions.CreateSession, pb.CreateSessionRequest(session_id="one", request_id="c")),
+                (sessions.ForkSession, pb.ForkSessionRequest(session_id="one", new_session_id="two", request_id="f")),
+            )
+        )
+        assert (made, forked) == (["one"] * 2, ["two"] * 2)
+        with pytest.raises(grpc.RpcError, match="all 2 sessions"):
+            sessions.CreateSession(pb.CreateSessionRequest(session_id="three"), metadata=metadata, timeout=20)
+        for name in ("one", "two"):
+            sessions.DeleteSession(pb.DeleteSessionRequest(session_id=name), metadata=metadata, timeout=20)
+
+
 def test_an_answer_that_nobody_reads_ends(plain, engine):
     def answering():
         return plain.call(engine.get("", "left")).answering

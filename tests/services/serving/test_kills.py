@@ -64,7 +64,7 @@ def client(config: ServeConfig, tmp_path: Path) -> Client:
     return Client(config.model_copy(update={"lease_s": 0.2}))
 
 
-def test_twenty_kills_cost_no_session_and_no_token(client, capsys):
+def test_twenty_kills_cost_no_session_and_no_token(client, tell):
     client.begin("undisturbed-0", "undisturbed-1")
     assert not client.run()
     expected = list(client.texts.values())
@@ -82,8 +82,6 @@ def test_twenty_kills_cost_no_session_and_no_token(client, capsys):
                 break
         sessions += 2
         different += sum(texts != wanted for texts, wanted in zip(client.texts.values(), expected, strict=True))
-    with capsys.disabled():
-        said = f"{sessions} sessions, killed {dict(kills)}: lost 0 sessions, {different} with another token"
-        print(said)  # noqa: T201 - what it is for
+    tell(f"{sessions} sessions, killed {dict(kills)}: lost 0 sessions, {different} with another token")
     assert different == 0
     assert kills.keys() == killed.MOMENTS.keys()

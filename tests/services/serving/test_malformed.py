@@ -156,7 +156,7 @@ def absurd_calls(count: int) -> list[Call]:
     return made
 
 
-def test_ten_thousand_malformed_requests(front, loop, engine, capsys):
+def test_ten_thousand_malformed_requests(front, loop, engine, tell):
     served, chance, outcome, memory = front(), random.Random(7), Outcome(), list[int]()
     wanted = absurd_calls(REQUESTS // 2)
     known = [data for _, sent in wanted for data in sent]
@@ -167,9 +167,8 @@ def test_ten_thousand_malformed_requests(front, loop, engine, capsys):
         asyncio.run(outcome.send(served.grpc, wanted[first : first + AT_A_TIME]))
         memory.append(resident_bytes())
     made, growth = loop.call(clean_up(engine)), memory[-1] - memory[len(memory) // 4]
-    with capsys.disabled():
-        told = f"{len(outcome.faults)} of them as faults of ours; {made} sessions made; {growth / 2**20:+.0f} MiB"
-        print(f"\n{outcome.codes.total()} malformed requests, answered {dict(outcome.codes)}, {told}")  # noqa: T201
+    told = f"{len(outcome.faults)} of them as faults of ours; {made} sessions made; {growth / 2**20:+.0f} MiB"
+    tell(f"{outcome.codes.total()} malformed requests, answered {dict(outcome.codes)}, {told}")
     assert outcome.faults[:5] == []
     assert outcome.codes.total() == REQUESTS
     assert growth < MOST_GROWTH_BYTES

@@ -26,6 +26,7 @@ from services.serving import metrics
 from services.serving.client import Client
 from services.serving.logs import JsonFormatter, log_fields
 from services.serving.metrics import METRICS, Meter, exported
+from tests.services.serving.conftest import DOCUMENT
 
 ROOT = Path(__file__).parent.parent.parent.parent
 DASHBOARD = ROOT / "cluster" / "monitoring" / "grafana-dashboard.json"
@@ -92,6 +93,21 @@ def test_what_happens_is_measured(front, engine, seen):
     assert sum(seen["segcore_segments", "run"]) >= 10
     assert seen["segcore_past_bytes", "host"][-1] >= 0
     assert seen["segcore_queued_tokens",] == [0]
+
+
+def test_recall_of_the_index_is_measured(front, engine, seen):
+    """A stream that is longer than the index's candidates, so that it can miss some."""
+    with Client(front().grpc) as client:
+        session = client.create_session().session_id
+        client.upload(session, DOCUMENT)
+        list(client.generate(session, "When?", SamplingParams(max_tokens=4)))
+        client.delete_session(session)
+    engine.measure()
+    chosen, found = (sum(seen["segcore_index_tokens", kind]) for kind in ("chosen", "found"))
+    assert 0 < found <= chosen
+    panels = {panel["title"]: panel["targets"][0]["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"]}
+    asked = re.findall(r'(\w+)\{kind="(\w+)"\}', panels["Recall of the index"])
+    assert asked == [(exported("segcore_index_tokens"), "found"), (exported("segcore_index_tokens"), "chosen")]
 
 
 def test_totals_become_increments(seen):

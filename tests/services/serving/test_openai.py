@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 
+import httpx2
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -125,6 +126,97 @@ def test_a_session_takes_only_what_is_new(client, model, served):
         client.chat.completions.create(messages=MESSAGES[1:], **(asked | {"extra_body": {"session_id": "none"}}))
 
 
+def streamed(client, **asked):
+    return "".join(chunk.choices[0].delta.content for chunk in client.chat.completions.create(stream=True, **asked))
+
+
+def said(client, **asked):
+    return client.chat.completions.create(**asked).choices[0].message.content
+
+
+@pytest.mark.parametrize("in_session", [True, False])
+def test_a_request_made_again_is_answered_alike(client, model, in_session):
+    """At once or as a stream, though it has no seed; under its id nothing else is answered."""
+    session = {"session_id": client.post("/sessions", body={}, cast_to=object)["session_id"]} if in_session else {}
+    again = {"model": model, "messages": MESSAGES[1:], "max_tokens": 12, "temperature": 2}
+    again["extra_body"] = {"request_id": f"again-{in_session}", **session}
+    first, second = (client.chat.completions.create(**again) for _ in "12")
+    assert first.model_dump(exclude={"created"}) == second.model_dump(exclude={"created"})
+    assert streamed(client, **again) == first.choices[0].message.content
+    for other in ({"temperature": 1}, {"messages": [{"role": "user", "content": "What?"}]}):
+        for stream in (False, True):
+            with pytest.raises(openai.ConflictError, match="another call") as caught:
+                client.chat.completions.create(**(again | other | {"stream": stream}))
+            assert set(caught.value.body) == {"message", "type", "param", "code"}
+    other = again | {"extra_body": {"request_id": f"other-{in_session}", **session}}
+    assert said(client, **other) != first.choices[0].message.content
+    if in_session:
+        assert len(client.get(f"/sessions/{session['session_id']}", cast_to=object)["points"]) == 2
+
+
+def test_a_text_completed_again_is_the_same(client, model):
+    asked = {"model": model, "prompt": "Once upon a time", "max_tokens": 8, "extra_body": {"request_id": "text"}}
+    first, second = (client.completions.create(**asked) for _ in "12")
+    assert (first.id, first.choices) == (second.id, second.choices)
+    with pytest.raises(openai.ConflictError):
+        client.completions.create(**(asked | {"prompt": "Twice"}))
+
+
+class Lossy(httpx2.HTTPTransport):
+    """Carries requests out; the answer to the first is lost."""
+
+    lost = 0
+
+    def handle_request(self, request):
+        response = super().handle_request(request)
+        if request.url.path.endswith("completions") and not self.lost:
+            self.lost += 1
+            response.read()
+            raise httpx2.ReadError("the connection broke", request=request)
+        return response
+
+
+def test_the_clients_own_retry_asks_once(client, model, served):
+    session = client.post("/sessions", body={"request_id": "made"}, cast_to=object)["session_id"]
+    assert client.post("/sessions", body={"request_id": "made"}, cast_to=object)["session_id"] == session
+    twin = client.post(f"/sessions/{session}/fork", body={"request_id": "forked"}, cast_to=object)["session_id"]
+    assert client.post(f"/sessions/{session}/fork", body={"request_id": "forked"}, cast_to=object)["session_id"] == twin
+    asked = {"model": model, "messages": MESSAGES[1:], "max_tokens": 12, "temperature": 0}
+    expected = said(client, **asked, extra_body={"session_id": twin})
+    transport = Lossy()
+    with httpx2.Client(transport=transport) as carrier:
+        retrying = openai.OpenAI(base_url=f"{served.http}/v1", api_key="none", max_retries=2, http_client=carrier)
+        assert said(retrying, **asked, extra_body={"session_id": session, "request_id": "once"}) == expected
+    assert transport.lost == 1
+    one, other = (client.get(f"/sessions/{name}", cast_to=object) for name in (session, twin))
+    assert one["points"] == other["points"]
+
+
+def test_a_broken_stream_is_given_again_from_its_beginning(client, model):
+    session = client.post("/sessions", body={}, cast_to=object)["session_id"]
+    twin = client.post(f"/sessions/{session}/fork", body={}, cast_to=object)["session_id"]
+    asked = {"model": model, "messages": MESSAGES[1:], "max_tokens": 200, "temperature": 0, "stop": "\u00ff"}
+    expected = streamed(client, **asked, extra_body={"session_id": twin})
+    named = asked | {"extra_body": {"session_id": session, "request_id": "broken"}}
+    broken = client.chat.completions.create(stream=True, **named)
+    next(iter(broken))
+    broken.close()
+    assert streamed(client, **named) == expected
+
+
+def test_a_named_answer_that_nobody_comes_back_for_is_ended(client, model):
+    session = client.post("/sessions", body={}, cast_to=object)["session_id"]
+    asked = {"model": model, "messages": MESSAGES[1:], "max_tokens": 3000, "stop": "\u00ff"}
+    left = client.chat.completions.create(
+        stream=True, extra_body={"session_id": session, "request_id": "left"}, **asked
+    )
+    next(iter(left))
+    left.close()
+    assert client.get(f"/sessions/{session}", cast_to=object)["answering"]
+    client.post(f"/sessions/{session}/cancel", cast_to=httpx2.Response)
+    assert not client.get(f"/sessions/{session}", cast_to=object)["answering"]
+
+
 REFUSED = {
     "unknown option": {"frobnicate": 1},
     "unknown option of a message": {"messages": [{"role": "user", "content": "x", "weight": 1}]},
@@ -149,6 +241,8 @@ REFUSED = {
     "empty stop": {"stop": ""},
     "seventeen stops": {"stop": list("abcdefghijklmnopq")},
     "bad session": {"session_id": "no/slash"},
+    "bad request id": {"request_id": "no/slash"},
+    "no request id": {"request_id": ""},
     "too long": {"messages": [{"role": "user", "content": "x" * 4100}]},
     "far too long": {"messages": [{"role": "user", "content": "x" * 20_000}]},
 }

@@ -66,6 +66,20 @@ async def test_a_document_is_read_asked_about_and_forked(front, document):
         assert tab.complaints == []
 
 
+async def test_a_dropped_file_is_uploaded(front, engine, document):
+    served = front()
+    async with chromium() as tab:
+        await tab.open(served.http)
+        await tab.until("!at('send').disabled")
+        await tab.drop_file("#drop", document)
+        await tab.until("current.documents[0]?.finished === true")
+        assert await tab.js("at('text').textContent") == DOCUMENT
+        assert await tab.js("!at('drop').classList.contains('over') && at('notice').hidden")
+        kept = served.call(engine._sessions.document_bytes("", await tab.js("current.id"), "d1"))
+        assert kept == DOCUMENT.encode()
+        assert tab.complaints == []
+
+
 async def test_what_is_wrong_is_said_and_the_session_goes_on(front, tmp_path, document):
     served, binary = front(), tmp_path / "image.png"
     binary.write_bytes(b"The first pieces are text. " * 60 + b"PNG\0\0")
@@ -90,6 +104,24 @@ async def test_a_token_is_asked_for_and_kept_for_the_tab(front, tmp_path):
         assert await tab.js("current === null && at('send').disabled")
         await tab.js("at('token').value = 'secret'; at('token').dispatchEvent(new Event('change'))")
         await tab.until("!at('send').disabled && at('token').hidden")
+
+
+async def test_an_upload_waits_for_the_limit_and_goes_on(front, engine, tmp_path, document):
+    tenants = tmp_path / "tenants.json"
+    tenant = {"name": "x", "tokens": [token_hash("secret")], "bytes_per_minute": 30_000}
+    tenants.write_text(json.dumps({"tenants": [tenant]}))
+    served = front(tenants=tenants)
+    async with chromium() as tab:
+        await tab.open(served.http)
+        await tab.until("!at('token').hidden")
+        await tab.js("at('token').value = 'secret'; at('token').dispatchEvent(new Event('change'))")
+        await tab.until("!at('send').disabled")
+        served.gate._quotas.charge(served.gate._tenants.authenticate("Bearer secret"), "bytes", 30_000)
+        await tab.choose_file("#file", document)
+        await tab.until("current.documents[0]?.finished === true")
+        kept = served.call(engine._sessions.document_bytes("x", await tab.js("current.id"), "d1"))
+        assert kept == DOCUMENT.encode()
+        assert any("429" in complaint for complaint in tab.complaints)
 
 
 async def test_nothing_comes_from_elsewhere(front):

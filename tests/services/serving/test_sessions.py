@@ -63,6 +63,8 @@ async def test_a_call_under_one_id_is_carried_out_once(replica):
     one, two = replica(), replica()
     made = await one.create("", "s", request_id="c")
     assert await two.create("", "s", request_id="c") == made
+    for sessions in (one, two):
+        await sessions.open_document("", "s", "d", None, request_id="o", expected_generation=made.generation)
     await upload(one)
     copy = await one.fork("", "s", "f", request_id="f")
     assert (await two.fork("", "s", "f", request_id="f")).create_time == copy.create_time
@@ -85,6 +87,7 @@ async def test_a_call_under_one_id_is_carried_out_once(replica):
         lambda: two.import_session("", "f", data, request_id="f"),
         lambda: two.delete("", "i", request_id="i"),
         lambda: two.rewind("", "f", 0, request_id="f"),
+        lambda: two.open_document("", "f", "e", None, request_id="f"),
         lambda: ask(two, "f", request_id="f"),
     ):
         with pytest.raises(AlreadyExists):
@@ -173,7 +176,7 @@ async def test_time_to_live(replica):
 
 
 async def test_far_more_sessions_than_the_engine_holds(replica, undisturbed):
-    """Ten at work on an engine for two: some are told to come back, none waits for ever, and all are answered alike."""
+    """Twenty at work on an engine for two: some are told to come back, none waits for ever, and all are answered alike."""
     sessions = replica(max_sessions=2, slots=2)
     told = 0
 
@@ -195,7 +198,7 @@ async def test_far_more_sessions_than_the_engine_holds(replica, undisturbed):
         return [await patiently(lambda: ask(sessions, name)) for _ in range(2)]
 
     expected = await undisturbed(GREEDY)
-    assert await asyncio.wait_for(asyncio.gather(*(run(f"s{i}") for i in range(10))), 120) == [expected] * 10
+    assert await asyncio.wait_for(asyncio.gather(*(run(f"s{i}") for i in range(20))), 240) == [expected] * 20
     assert told
 
 
@@ -285,6 +288,11 @@ async def test_a_damaged_log_is_told(replica):
     database.execute("DELETE FROM log WHERE position = 2")
     with pytest.raises(SessionLost):
         await ask(other)
+    database.execute("UPDATE sessions SET record = x'00'")
+    (info,) = (await other.list_sessions("")).sessions
+    assert (info.session_id, "can't be read" in info.unreadable) == ("s", True)
+    await other.delete("", "s")
+    assert (await other.list_sessions("")).sessions == []
 
 
 async def test_an_engines_failure_costs_no_session(replica, undisturbed, monkeypatch):

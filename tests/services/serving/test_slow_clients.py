@@ -62,7 +62,7 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_a_client_that_never_reads_holds_nobody_up(served, client):
+def test_a_client_that_never_reads_holds_nobody_up(served, client, tell):
     """Its answer is written down to its end; its connection, over either protocol, is its own matter."""
     unread, other = client.create_session("unread").session_id, client.create_session("other").session_id
     client.upload(other, DOCUMENT)
@@ -80,11 +80,12 @@ def test_a_client_that_never_reads_holds_nobody_up(served, client):
     web.close()
     parts = list(client.generate(unread, "What?", SamplingParams(max_tokens=400), request_id="r"))
     assert parts[-1].finish_reason is not None
+    tell("a client that never reads, over gRPC and HTTP: the others' answers are the same, its own is whole")
     for info in list(client.list_sessions()):
         client.delete_session(info.session_id)
 
 
-def test_a_client_that_sends_byte_by_byte_holds_nobody_up(client, served, engine):
+def test_a_client_that_sends_byte_by_byte_holds_nobody_up(client, served, engine, tell):
     """Between two bytes it has no claim on its session, no slot, and no thread; what comes of it is the same."""
     slow, other = client.create_session("slow").session_id, client.create_session("other").session_id
     client.upload(other, DOCUMENT)
@@ -107,11 +108,12 @@ def test_a_client_that_sends_byte_by_byte_holds_nobody_up(client, served, engine
     assert seen == [True, True]
     assert acks[-1].finished
     assert ask(client, slow) == expected
+    tell(f"a client that sends byte by byte, {len(DOCUMENT)} of them: 0 lost, and nobody waited")
     for info in list(client.list_sessions()):
         client.delete_session(info.session_id)
 
 
-def test_a_flood_against_a_sleeping_engine_takes_no_memory(client, served, engine, monkeypatch, capsys):
+def test_a_flood_against_a_sleeping_engine_takes_no_memory(client, served, engine, monkeypatch, tell):
     """200 MiB of document, sent as fast as may be by a client that heeds no window, and an engine that runs nothing."""
     session = client.create_session().session_id
     kept = engine._engine.room
@@ -139,9 +141,7 @@ def test_a_flood_against_a_sleeping_engine_takes_no_memory(client, served, engin
             time.sleep(0.02)
         assert call.is_active()
         call.cancel()
-    with capsys.disabled():
-        told = f"the client could send {sent[0] / 2**20:.0f} of 200 MiB; memory {(most - before) / 2**20:+.0f} MiB"
-        print(f"\n{told}")  # noqa: T201 - what it is for
+    tell(f"the client could send {sent[0] / 2**20:.0f} of 200 MiB; memory {(most - before) / 2**20:+.0f} MiB")
     assert sent[0] <= MOST_SENT_BYTES
     assert most - before <= MOST_GROWTH_BYTES
     monkeypatch.setattr(engine._engine, "room", kept)

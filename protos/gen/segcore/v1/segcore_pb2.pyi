@@ -21,7 +21,7 @@ FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "model", "create_time", "processed_tokens", "pending_tokens", "segments", "documents", "generation", "ttl", "points", "answering")
+    __slots__ = ("session_id", "model", "create_time", "processed_tokens", "pending_tokens", "segments", "documents", "generation", "ttl", "points", "answering", "unreadable")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class Session(_message.Message):
     TTL_FIELD_NUMBER: _ClassVar[int]
     POINTS_FIELD_NUMBER: _ClassVar[int]
     ANSWERING_FIELD_NUMBER: _ClassVar[int]
+    UNREADABLE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model: str
     create_time: _timestamp_pb2.Timestamp
@@ -44,7 +45,8 @@ class Session(_message.Message):
     ttl: _duration_pb2.Duration
     points: _containers.RepeatedScalarFieldContainer[int]
     answering: bool
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., processed_tokens: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., segments: _Optional[int] = ..., documents: _Optional[_Iterable[_Union[Document, _Mapping]]] = ..., generation: _Optional[int] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., points: _Optional[_Iterable[int]] = ..., answering: _Optional[bool] = ...) -> None: ...
+    unreadable: str
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., processed_tokens: _Optional[int] = ..., pending_tokens: _Optional[int] = ..., segments: _Optional[int] = ..., documents: _Optional[_Iterable[_Union[Document, _Mapping]]] = ..., generation: _Optional[int] = ..., ttl: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., points: _Optional[_Iterable[int]] = ..., answering: _Optional[bool] = ..., unreadable: _Optional[str] = ...) -> None: ...
 
 class Document(_message.Message):
     __slots__ = ("document_id", "committed_offset", "finished")
@@ -191,18 +193,20 @@ class UploadDocumentRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[DocumentHeader, _Mapping]] = ..., data: _Optional[_Union[DocumentData, _Mapping]] = ..., finish: _Optional[_Union[DocumentFinish, _Mapping]] = ...) -> None: ...
 
 class DocumentHeader(_message.Message):
-    __slots__ = ("session_id", "document_id", "total_bytes", "expected_generation", "timeout")
+    __slots__ = ("session_id", "document_id", "total_bytes", "expected_generation", "timeout", "request_id")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     document_id: str
     total_bytes: int
     expected_generation: int
     timeout: _duration_pb2.Duration
-    def __init__(self, session_id: _Optional[str] = ..., document_id: _Optional[str] = ..., total_bytes: _Optional[int] = ..., expected_generation: _Optional[int] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, session_id: _Optional[str] = ..., document_id: _Optional[str] = ..., total_bytes: _Optional[int] = ..., expected_generation: _Optional[int] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class DocumentData(_message.Message):
     __slots__ = ("offset", "data")
@@ -315,10 +319,12 @@ class GenerateResponse(_message.Message):
     def __init__(self, text: _Optional[str] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., token_index: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class CancelAnswerRequest(_message.Message):
-    __slots__ = ("session_id",)
+    __slots__ = ("session_id", "request_id")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     session_id: str
-    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+    request_id: str
+    def __init__(self, session_id: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class CancelAnswerResponse(_message.Message):
     __slots__ = ()

@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from redis.crc import key_slot
 
 from segcore.errors import AlreadyExists, Conflict, LeaseLost, NotFound, SegcoreError, Unavailable
 from services.serving.directory import open_directory
-from services.serving.directory.base import Directory, Name
+from services.serving.directory.base import Directory, Name, request_name
+from services.serving.directory.redis import RedisDirectory
 
 LONG_S = 1000.0
 S = Name("tenant", "s")
@@ -190,6 +192,28 @@ def test_time_to_live(directory):
         directory.claim(S, "a", LONG_S)
     directory.create(S, b"new")
     assert list(directory.log(S)) == []
+
+
+def test_requests_of_no_session_are_never_listed(directory):
+    name = request_name("tenant", "r")
+    directory.create(name, b"record", ttl_s=LONG_S)
+    assert directory.read(name).record == b"record"
+    assert directory.names("tenant", "", 10) == []
+    with pytest.raises(AlreadyExists):
+        directory.create(name, b"other")
+    if isinstance(directory, RedisDirectory):  # no listing ever removes a name of theirs from an index
+        assert len(directory._redis.keys("segcore:*requests*")) == 1
+
+
+def test_a_sessions_keys_lie_in_one_slot_of_a_cluster(redis_server):
+    """Else its scripts would be refused there. What names are listed by is elsewhere, and in no script."""
+    directory = RedisDirectory(redis_server.url)
+    directory.create(S, b"record", [b"entry"])
+    kept = directory._redis.keys("segcore:*")
+    slots = {key: key_slot(key) for key in kept if not key.startswith(b"segcore:sessions:")}
+    assert len(slots) == 2
+    assert len(set(slots.values())) == 1
+    directory.close()
 
 
 def test_names_by_tenant_and_page(directory):
