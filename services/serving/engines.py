@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
@@ -28,6 +27,7 @@ from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck,
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Told = Callable[[int], None]
 
 # Those whose results are kept by a request_id; the others can be repeated as they are, unless they expect a generation.
 _BY_REQUEST = ("create", "delete", "fork", "rewind", "import_session")
@@ -81,11 +81,17 @@ class Engines:
         raise known
 
     async def append(
-        self, tenant: str, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None
+        self,
+        tenant: str,
+        session_id: str,
+        document_id: str,
+        offset: int,
+        data: bytes,
+        ends: float | None = None,
+        told: Told = lambda _: None,
     ) -> UploadAck:
-        """`Sessions.append`, until there is room. ends: as of `call`."""
+        """`Sessions.append`, until there is room. ends: as of `call`. told: is given the counts of tokens taken."""
         patience, way, tried, stop = self._patience(ends), self._way(session_id), False, str(offset + len(data))
-        tokens = 0
         while True:
             try:
                 where = (tenant, session_id, document_id, offset, data)
@@ -98,9 +104,9 @@ class Engines:
                     tried = True
                     continue
             else:
-                tokens += ack.input_tokens
+                told(ack.input_tokens)
                 if not ack.waiting:
-                    return replace(ack, input_tokens=tokens)
+                    return ack
             offset, data = int(stop), b""
 
     async def finish(
@@ -111,15 +117,15 @@ class Engines:
         total_bytes: int,
         sha256: bytes,
         ends: float | None = None,
+        told: Told = lambda _: None,
     ) -> UploadAck:
-        """`Sessions.finish`, until all has been run."""
-        tokens = 0
+        """`Sessions.finish`, until all has been run. told: as of `append`."""
         while True:
             where = (tenant, session_id, document_id, total_bytes, sha256)
             ack: UploadAck = await self.call("finish", *where, ends=ends)
-            tokens += ack.input_tokens
+            told(ack.input_tokens)
             if ack.finished:
-                return replace(ack, input_tokens=tokens)
+                return ack
 
     async def export(self, tenant: str, session_id: str) -> AsyncIterator[bytes]:
         """`Sessions.export`; a broken one isn't taken up."""
@@ -184,8 +190,9 @@ class Engines:
             try:
                 async with aclosing(_stream(way, begin(way.at, after))) as parts:
                     async for part in parts:
-                        patience = self._patience(ends)
-                        after, finished = part.token_index, part.finish_reason is not None
+                        finished = part.finish_reason is not None
+                        if part.token_index > after:
+                            patience, after = self._patience(ends), part.token_index
                         yield part
             except (SegcoreError, TimeoutError, RayError, RayServeException) as error:
                 await patience.wait(await way.known(error))

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager, suppress
 
 import grpc
 import pytest
@@ -230,6 +230,35 @@ def test_documents_tokens_count_and_an_upload_goes_on_after_the_hint(limited, en
         list(client.generate(session, "?", SamplingParams(max_tokens=4)))
         assert refused[-1] > 500 * 60 / LIMIT  # a question counts, too
         client.delete_session(session)
+
+
+def test_who_leaves_has_paid(front, tmp_path, engine):
+    """What is taken counts though its caller's time is up, or its caller gone, before it is run."""
+    file = tmp_path / "tenants.json"
+    tenant = {"name": "t", "tokens": [token_hash("t")], "tokens_per_minute": 10**7}
+    file.write_text(json.dumps({"tenants": [tenant]}))
+    served = front(tenants=file)
+    quotas, known, charged = served.gate._quotas, served.gate._tenants.authenticate("Bearer t"), list[int]()
+    quotas.charge = lambda _tenant, _kind, amount: charged.append(amount)
+
+    async def leave() -> None:
+        async with aclosing(served.gate.complete(known, "Once upon a time", PARAMS)) as parts:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await anext(parts)
+
+    with Client(served.grpc, token="t") as client:
+        session = client.create_session().session_id
+        with standing_still(engine), pytest.raises(DeadlineExceeded):
+            client.upload(session, DOCUMENT, document_id="d", timeout_s=0.3)
+        assert sum(charged) == client.get_session(session).processed_tokens > 0
+        client.upload(session, DOCUMENT, document_id="d")
+        assert sum(charged) == client.get_session(session).processed_tokens
+        client.delete_session(session)
+    charged.clear()
+    with standing_still(engine):
+        served.call(leave())
+    assert sum(charged) == len(engine._model.tokenizer.encode("Once upon a time"))
 
 
 def test_a_limit_is_told_with_a_hint_and_what_was_committed_stays(limited):
