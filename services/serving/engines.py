@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from segcore.errors import DeadlineExceeded, SegcoreError, Unavailable, WrongOffset
+from segcore.errors import Busy, DeadlineExceeded, SegcoreError, Unavailable, WrongOffset
 from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
 from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck, check_name
@@ -31,6 +31,8 @@ Told = Callable[[int], None]
 
 # Those whose results are kept by a request_id; the others can be repeated as they are, unless they expect a generation.
 _BY_REQUEST = ("create", "delete", "fork", "rewind", "import_session")
+# Those whose work may be long: they are told what is left of the caller's time.
+_TIMED = ("finish",)
 _LONGEST_WAIT_S = 1.0
 # How long a call is tried on after its first failure, beside the time that a lost replica's lease lasts.
 _PATIENCE_S = 15.0
@@ -38,6 +40,8 @@ _PATIENCE_S = 15.0
 # how long it may take to say so.
 _SILENCE_S = 10.0
 _ANSWERS_S = 5.0
+# How long it is tried to end an answer that failed.
+_END_S = 2.0
 _PLACES = 8
 
 
@@ -59,7 +63,7 @@ class Engines:
         patience, way = self._patience(ends), self._way(session_id)
         who = (tenant, session_id) if session_id else (tenant,)
         while True:
-            if ends is not None:
+            if ends is not None and method in _TIMED:
                 options["timeout_s"] = _left(ends)
             try:
                 return await way.answered(getattr(way.at, method).remote(*who, *args, **options))
@@ -164,8 +168,12 @@ class Engines:
                 async for part in parts:
                     finished = part.finish_reason is not None
                     yield part
-        except SegcoreError:
+        except SegcoreError as error:
             finished = True  # as far as it can be
+            if not named and isinstance(error, (Busy, DeadlineExceeded, Unavailable)):  # nobody can take it up
+                soon = time.monotonic() + _END_S
+                with suppress(SegcoreError):
+                    await self.call("cancel_answer", tenant, session_id, request_id=request_id, ends=soon)
             raise
         finally:
             if not (named or finished):

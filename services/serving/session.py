@@ -74,7 +74,7 @@ class Sessions(Catalog):
         *,
         timeout_s: float | None = None,
     ) -> UploadAck:
-        """Take bytes at `offset`, which must be the committed offset; without any, wait for room for more in the engine.
+        """Take bytes at `offset`, which must be the committed offset; with none, wait for room in the engine.
 
         The acknowledgement says if there is none yet: it is `waiting`. Raises WrongOffset, InvalidDocument,
         LimitExceeded; then nothing of `data` is taken. DeadlineExceeded, Unavailable: the detail committed_offset says
@@ -96,8 +96,8 @@ class Sessions(Catalog):
     ) -> UploadAck:
         """End a document whose size and digest are as given; made again, wait until all of it has been run.
 
-        Until then the acknowledgement says that it is `waiting`, after a slice at most. Raises InvalidDocument; then the
-        document stays open.
+        Until then the acknowledgement says that it is `waiting`, after a slice at most. Raises InvalidDocument; then
+        the document stays open.
         """
         async with self._lives.using(name_of(tenant, session_id)) as live, self._lives.claimed(live, resident=True):
             self._check(live, None)

@@ -111,6 +111,59 @@ def test_an_answer_without_a_name_ends_when_its_time_is_up(client, engine):
     assert ask(client, session)
 
 
+def test_an_answer_that_nobody_can_take_up_ends_when_its_time_is_up(client, served, engine):
+    """A caller of the bare protocol, who named no request."""
+    session = client.create_session().session_id
+    client.upload(session, "A text.")
+    request = pb.GenerateRequest(session_id=session, question=QUESTION)
+    request.timeout.FromMilliseconds(200)
+    with grpc.insecure_channel(served.grpc) as channel, standing_still(engine):
+        answer = stubs.GenerationServiceStub(channel).Generate(request, timeout=30)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(answer)
+    assert isinstance(error_of(caught.value), DeadlineExceeded)
+    assert not client.get_session(session).answering
+
+
+def test_an_answer_that_nobody_can_take_up_ends_with_its_stream(client, served, engine, monkeypatch):
+    """The service is full when its stream is taken up again."""
+    session = client.create_session().session_id
+    client.upload(session, "A text.")
+    generate = engine.generate
+
+    async def cut(*args: object, **options: object) -> AsyncIterator[object]:
+        async with aclosing(generate(*args, **options)) as parts:
+            yield await anext(parts)
+        raise Busy("full")
+
+    monkeypatch.setattr(engine, "generate", cut)
+    with pytest.raises(Busy) as caught:
+        ask(client, session)
+    assert int(caught.value.details["token_index"]) > 0
+    assert not client.get_session(session).answering
+    with grpc.insecure_channel(served.grpc) as channel:
+        bare = stubs.GenerationServiceStub(channel)
+        answer = bare.Generate(pb.GenerateRequest(session_id=session, question=QUESTION), timeout=30)
+        with pytest.raises(grpc.RpcError, match="full"):
+            list(answer)
+    assert not client.get_session(session).answering
+
+
+def test_a_headers_time_is_up_though_no_engine_takes_it(client, served, engine, monkeypatch):
+    async def away(*_: object, **__: object) -> None:
+        raise Unavailable("away")
+
+    monkeypatch.setattr(engine, "open_document", away)
+    header = pb.DocumentHeader(session_id=client.create_session().session_id, document_id="d")
+    header.timeout.FromMilliseconds(300)
+    began = time.monotonic()
+    requests = iter([pb.UploadDocumentRequest(header=header)])
+    with grpc.insecure_channel(served.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(stubs.DocumentServiceStub(channel).UploadDocument(requests, timeout=10))
+    assert isinstance(error_of(caught.value), DeadlineExceeded)
+    assert time.monotonic() - began < 5
+
+
 def test_a_service_that_says_nothing_takes_no_more_than_the_time():
     with socket.create_server(("127.0.0.1", 0)) as silent, Client(f"127.0.0.1:{silent.getsockname()[1]}") as client:
         for call, detail in (

@@ -176,7 +176,7 @@ async def test_time_to_live(replica):
 
 
 async def test_far_more_sessions_than_the_engine_holds(replica, undisturbed):
-    """Twenty at work on an engine for two: some are told to come back, none waits for ever, and all are answered alike."""
+    """Twenty at work on an engine for two: some are told to come back, none waits for ever, all are answered alike."""
     sessions = replica(max_sessions=2, slots=2)
     told = 0
 
