@@ -158,7 +158,8 @@ class Gate:
                 if part.input_tokens and not input_tokens:  # one that takes a prompt over tells it again
                     input_tokens = part.input_tokens
                     self._quotas.charge(tenant, "tokens", input_tokens)
-                if part.token_index > after or part.finish_reason is not None:
-                    self._quotas.charge(tenant, "tokens", part.token_index - after)
-                    after = part.token_index
-                    yield part
+                if part.input_tokens and not (part.token_index or part.finish_reason):
+                    continue  # there is nothing else in it
+                self._quotas.charge(tenant, "tokens", part.token_index - after)
+                after = part.token_index
+                yield part
