@@ -1,6 +1,6 @@
 # One word per developer act; CI uses the same words.
 .PHONY: setup redis browser demo test test-fast test-gpu test-nodes train-two-nodes check format protos lock figures soak report-picture up down clean \
-	cluster-check cluster-up cluster-down cluster-up-test
+	cluster-check cluster-apiserver-test cluster-node-test cluster-up cluster-down cluster-up-test
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -121,6 +121,23 @@ cluster-check: setup
 	scripts/cluster-tools
 	$(BIN)/hadolint cluster/Dockerfile
 	$(TEST_ENV) KUBERAY_CRDS="$(KUBERAY_CRDS)" $(BIN)/pytest tests/cluster
+
+# The chart's objects on a real API server, whose folder (kube-apiserver, etcd) `setup-envtest use -p path` names, or
+# `scripts/api-server FOLDER` builds where nothing can be downloaded.
+KUBEBUILDER_ASSETS ?=
+cluster-apiserver-test: setup
+	@test -x "$(KUBEBUILDER_ASSETS)/kube-apiserver" || { echo "make cluster-apiserver-test KUBEBUILDER_ASSETS=FOLDER needs kube-apiserver and etcd: scripts/api-server FOLDER"; exit 1; }
+	@test -d "$(KUBERAY_CRDS)" || { echo "make cluster-apiserver-test KUBERAY_CRDS=FOLDER needs KubeRay's definitions"; exit 1; }
+	scripts/cluster-tools
+	KUBERAY_CRDS="$(KUBERAY_CRDS)" KUBEBUILDER_ASSETS="$(abspath $(KUBEBUILDER_ASSETS))" $(TEST_ENV) $(BIN)/pytest tests/cluster/test_api_server.py
+
+# The chart without the operator on a node of this machine, as root: with the kubelet and its friends of scripts/api-server,
+# and with segcore:cpu and redis of a Docker engine.
+cluster-node-test: setup
+	@test -x "$(KUBEBUILDER_ASSETS)/kubelet" || { echo "make cluster-node-test KUBEBUILDER_ASSETS=FOLDER needs scripts/api-server FOLDER kube-controller-manager kube-scheduler kubelet"; exit 1; }
+	@command -v containerd dnsmasq catatonit iptables >/dev/null && test -x /usr/lib/cni/bridge || { echo "install containerd containernetworking-plugins dnsmasq-base catatonit iptables"; exit 1; }
+	scripts/cluster-tools
+	CLUSTER_NODE=1 KUBEBUILDER_ASSETS="$(abspath $(KUBEBUILDER_ASSETS))" $(TEST_ENV) $(BIN)/pytest tests/cluster/test_node.py
 
 # The services of docker-compose.yml, in containers: PROFILE=cpu, or gpu. BUILD= takes images that are there already, such
 # as those of scripts/stand-in-images.

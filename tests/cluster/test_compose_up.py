@@ -40,11 +40,11 @@ def service() -> Iterator[Service]:
 
 
 class Service:
-    def __init__(self, http: requests.Session) -> None:
-        self._http = http
+    def __init__(self, http: requests.Session, url: str = "https://localhost:8100") -> None:
+        self._http, self._url = http, url
 
     def call(self, method: str, path: str, **options: Any) -> requests.Response:
-        answer = self._http.request(method, f"https://localhost:8100{path}", timeout=300, **options)
+        answer = self._http.request(method, f"{self._url}{path}", timeout=300, **options)
         answer.raise_for_status()
         return answer
 
@@ -60,7 +60,8 @@ class Service:
     def ask(self, session: str, tokens: int, begun: threading.Event | None = None) -> str:
         """An answer's text. Raises RuntimeError if it breaks off."""
         question = {"role": "user", "content": "What is this text about?"}
-        wanted = {"model": "smollm2-135m-instruct", "session_id": session, "max_tokens": tokens}
+        (model,) = self.call("GET", "/v1/models").json()["data"]
+        wanted = {"model": model["id"], "session_id": session, "max_tokens": tokens}
         wanted |= {"stream": True, "temperature": 0}
         text = ""
         with self.call("POST", "/v1/chat/completions", json=wanted | {"messages": [question]}, stream=True) as lines:

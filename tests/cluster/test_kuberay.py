@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from services.serving.app import build
 from services.serving.config import ServeConfig
 from services.training.config import TrainConfig
 from tests.cluster.conftest import CHART, ROOT, run, tool
+from tests.services.cluster import free_port
 
 pytest.importorskip("kubernetes_validate", reason="scripts/cluster-tools installs it")
 from tests.cluster.schemas import CustomKinds, core_faults
@@ -30,6 +31,7 @@ EVERYTHING = (
 )
 TRAIN = ["--set", "run=train", "--set-file", "config=examples/train-smollm2.yaml"]
 EVAL = ["--set", "run=eval", "--set-file", "config=examples/eval-smoke.yaml"]
+PLAIN = ["--set", "operator=false,secrets.ray=ray"]
 FORMS = {
     "service": [],
     "service, GPUs, everything": [*GPU, "--set", EVERYTHING],
@@ -38,6 +40,9 @@ FORMS = {
     "eval": EVAL,
     "cluster": ["--set", "run=cluster"],
     "cluster, GPUs": [*GPU, "--set", "run=cluster"],
+    "service, no operator": PLAIN,
+    "service, no operator, GPUs, everything": [*GPU, "--set", EVERYTHING, *PLAIN],
+    "cluster, no operator": [*PLAIN, "--set", "run=cluster"],
 }
 # Kinds of others, whose definitions aren't at hand.
 UNCHECKED = {"Gateway", "GRPCRoute", "HTTPRoute", "PodMonitor"}
@@ -133,6 +138,8 @@ def changed(thing: dict, path: str, value: object) -> dict:
         (["--set", "run=tran"], "service, train, eval or cluster"),
         (["--set", "run=train"], "--set-file config=FILE"),
         (["--set", "gateway.enabled=true"], "gateway.className"),
+        (["--set", "operator=false"], "secrets.ray"),
+        ([*TRAIN, *PLAIN], "needs KubeRay"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(options, said):
@@ -228,32 +235,40 @@ def test_a_jobs_configuration_is_read_where_it_lies(render, tmp_path, form, kind
     assert f"{mount['mountPath']}/config.json" in job["entrypoint"]
 
 
-def test_redis_runs_as_it_is_told_to(render, tmp_path):
-    """The command and the probe as they are written, but for folders and the port."""
-    (container,) = next(pods(of_kind(render(), "StatefulSet")))["containers"]
-    (tmp_path / "password").write_text("secret")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+@contextmanager
+def redis_of(objects: list[dict], folder: Path) -> Iterator[tuple[int, Callable[[], int]]]:
+    """The chart's Redis by the command and the probe as they are written, but for folders and the port: the port, and
+    what the probe says once it has been content."""
+    (container,) = next(pods(of_kind(objects, "StatefulSet")))["containers"]
+    (folder / "password").write_text("secret")
+    port = free_port()
 
     def here(command: str) -> list[str]:
-        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
-        for mount in mounts:
-            command = command.replace(mount, str(tmp_path))
+        for mount in container["volumeMounts"]:
+            command = command.replace(mount["mountPath"], str(folder))
         return ["sh", "-c", command.replace("redis-cli", f"redis-cli -p {port}")]
 
     assert container["command"] == ["sh", "-c"]
     server = subprocess.Popen(here(f"{container['args'][0]} --port {port}"), stdout=subprocess.DEVNULL)
+    probe = here(container["readinessProbe"]["exec"]["command"][-1])
+
+    def asked() -> int:
+        return subprocess.run(probe, stderr=subprocess.DEVNULL).returncode
+
     try:
-        ready = here(container["readinessProbe"]["exec"]["command"][-1])
         until = time.monotonic() + 60
-        while subprocess.run(ready, stderr=subprocess.DEVNULL).returncode:
+        while asked():
             assert server.poll() is None
             assert time.monotonic() < until
             time.sleep(0.05)
-        (tmp_path / "password").write_text("another")
-        assert subprocess.run(ready, stderr=subprocess.DEVNULL).returncode
-        assert (tmp_path / "appendonlydir").is_dir()
+        yield port, asked
     finally:
         server.kill()
         server.wait()
+
+
+def test_redis_runs_as_it_is_told_to(render, tmp_path):
+    with redis_of(render(), tmp_path) as (_, asked):
+        (tmp_path / "password").write_text("another")
+        assert asked()
+        assert (tmp_path / "appendonlydir").is_dir()

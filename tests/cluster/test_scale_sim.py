@@ -58,6 +58,26 @@ def test_after_failures_everybody_goes_on_elsewhere():
 def test_where_reading_is_slow_tokens_are_run_again():
     _, fast = outcome(replace(QUIET, link_bytes_s=1e11), fails=0.5)
     _, slow = outcome(replace(QUIET, link_bytes_s=1e11, store_bytes_s=1e6), fails=0.5)
-    assert fast.rerun_tokens == 0
+    assert fast.rerun_tokens < fast.restored_tokens / 2
     assert slow.restored_tokens == 0
     assert slow.rerun_tokens > 0
+
+
+def test_a_broken_answer_waits_for_its_lease_and_for_its_tokens_one_by_one():
+    site = replace(QUIET, replicas=2, link_bytes_s=1.0, decode_tokens_s=0.1, again_tokens_s=0.2, notice_s=7)
+    simulation, out = outcome(site, sessions=1, fails=0.5, answer_tokens=1000)
+    (session,) = simulation._sessions.values()
+    given = session.answered - 1000
+    assert out.interrupted == 1
+    assert given > 0
+    assert out.recovery_s == [pytest.approx(7 + 5 * given + 8252 / site.prefill_tokens_s + 10, abs=0.1)]
+
+
+def test_sessions_of_a_replica_that_leaves_go_on_elsewhere():
+    simulation, out = outcome(QUIET, leaves=1)
+    assert len(simulation._replicas) == 3
+    assert out.interrupted == 0
+    assert out.moves
+    assert min(out.moves) >= 0.75 * 1800
+    homes = {session.home for session in simulation._sessions.values()}
+    assert homes <= {None, *simulation._replicas}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import ceil
 
 import torch
 
@@ -14,6 +15,8 @@ SEGMENTS = {"smollm2-135m-instruct": None, "llama-3.1-8b": "segment_tokens=4096,
 ROW = re.compile(
     r"^\| (smollm2\S+|llama\S+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d,.]+) \|$", re.MULTILINE
 )
+
+SERVICE_ROW = re.compile(r"^\| ([\d,]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE)
 
 
 def sizes(model: str, sessions: int, tokens: int) -> list[str]:
@@ -29,3 +32,12 @@ def test_the_table_is_what_the_formulas_say():
     assert len(rows) >= 6
     for model, sessions, tokens, *told in rows:
         assert told == sizes(model, int(sessions.replace(",", "")), int(tokens.replace(",", ""))), (model, sessions)
+
+
+def test_the_service_table_is_made_of_engines():
+    rows = SERVICE_ROW.findall((ROOT / "docs" / "deploy.md").read_text())
+    assert len(rows) == 3
+    device, host, disk = sizes("llama-3.1-8b", 64, 100_000)
+    for told, *row in rows:
+        sessions = int(told.replace(",", ""))
+        assert row == [str(ceil(sessions / 40)), device, host, f"{float(disk) / 64 * sessions / 1024:.1f}"], told

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[2]
 
 class Cluster(NamedTuple):
     """Two nodes. address: of the dashboard. client: for ray://. second: the one that isn't the head. modules: a folder
-    of Python modules for jobs to import. join: adds a node."""
+    of Python modules for jobs to import. join: adds a node, with some options of `ray start`."""
 
     address: str
     client: str
     second: subprocess.Popen[bytes]
     modules: Path
-    join: Callable[[], subprocess.Popen[bytes]]
+    join: Callable[..., subprocess.Popen[bytes]]
 
 
 def free_port() -> int:
@@ -38,8 +38,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def open_cluster(cpus: int = 1) -> Iterator[Cluster]:
-    """A cluster of our own, whose nodes are ended by their process ids. cpus: of each node."""
+def open_cluster(cpus: int = 1, head: Sequence[str] = (), second: Sequence[str] = ()) -> Iterator[Cluster]:
+    """A cluster of our own, whose nodes are ended by their process ids. cpus: of each node. head, second: what else
+    `ray start` is told."""
     folder, port, dashboard, client = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")), *(free_port() for _ in "123")
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # whose `python` jobs run
@@ -74,17 +75,17 @@ def open_cluster(cpus: int = 1) -> Iterator[Cluster]:
             )
             return nodes[-1]
 
-        def join() -> subprocess.Popen[bytes]:
-            return start(f"--address=127.0.0.1:{port}")
+        def join(*options: str) -> subprocess.Popen[bytes]:
+            return start(f"--address=127.0.0.1:{port}", *options)
 
         try:
             start(
                 "--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}",
-                f"--ray-client-server-port={client}",
+                f"--ray-client-server-port={client}", *head,
             )  # fmt: skip
-            second = join()
+            joined = join(*second)
             address = f"http://127.0.0.1:{dashboard}"
-            yield Cluster(address, f"ray://127.0.0.1:{client}", second, folder / "modules", join)
+            yield Cluster(address, f"ray://127.0.0.1:{client}", joined, folder / "modules", join)
         finally:
             for process in reversed(nodes):
                 end(process)

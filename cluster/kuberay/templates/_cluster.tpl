@@ -1,3 +1,19 @@
+{{/* What Serve runs: serve.yaml with the release's own values. */}}
+{{- define "segcore.serve" -}}
+{{- $serve := .Files.Get "serve.yaml" | fromYaml }}
+{{- $own := dict "fronts" (int .Values.front.replicas) "sessions" (printf "redis://%s-store-redis:6379/0" .Release.Name) }}
+{{- $application := index $serve.applications 0 }}
+{{- $args := $application.args }}
+{{- if not .Values.secrets.tls }}
+{{- $args = omit $args "tls_certificate" "tls_key" }}
+{{- end }}
+{{- if not .Values.secrets.tenants }}
+{{- $args = omit $args "tenants" }}
+{{- end }}
+{{- $_ := set $application "args" (mergeOverwrite $args $own .Values.serve) }}
+{{- toYaml $serve }}
+{{- end }}
+
 {{/* The Ray cluster of a release, whatever runs on it: a RayCluster's spec. */}}
 {{- define "segcore.cluster" -}}
 {{- $service := eq .Values.run "service" -}}
@@ -43,7 +59,11 @@ metadata:
   labels: {{- include "segcore.labels" (list $ $component) | nindent 4 }}
 spec:
   {{- if ne $component "head" }}
+  {{- if $.Values.operator }}
   restartPolicy: Never
+  {{- end }}
+  {{- end }}
+  {{- if or (ne $component "head") (not $.Values.operator) }}
   automountServiceAccountToken: false
   {{- end }}
   securityContext: {{- include "segcore.podSecurity" $ | nindent 4 }}
@@ -68,6 +88,9 @@ spec:
     - name: ray-{{ ternary "head" "worker" (eq $component "head") }}
       image: {{ include "segcore.image" $ }}
       imagePullPolicy: {{ $.Values.image.pullPolicy }}
+      {{- if not $.Values.operator }}
+      {{- include "segcore.start" (list $ $component) | nindent 6 }}
+      {{- end }}
       securityContext: {{- include "segcore.containerSecurity" $ | nindent 8 }}
       resources: {{- include "segcore.resources" $resources | nindent 8 }}
       ports:
@@ -127,4 +150,40 @@ spec:
     - {name: {{ $name }}, secret: {secretName: {{ index $.Values.secrets $name }}, defaultMode: 288}}
     {{- end }}
     {{- end }}
+{{- end }}
+
+{{/* What KubeRay would add to a node: how it starts, its token, and whether it is alive. */}}
+{{- define "segcore.start" -}}
+{{- $ := index . 0 }}{{ $component := index . 1 -}}
+command: [ray, start, --block]
+args:
+  - --metrics-export-port=8080
+  {{- if eq $component "head" }}
+  - --head
+  - --num-cpus=0
+  - --dashboard-host=0.0.0.0
+  - --redis-password=$(REDIS_PASSWORD)
+  {{- else }}
+  - --address={{ $.Release.Name }}-head:6379
+  - {{ printf "--resources={\"%s\": 1}" $component | squote }}
+  {{- end }}
+env:
+  {{- include "segcore.token" $ | nindent 2 }}
+  {{- if eq $component "head" }}
+  - {name: RAY_REDIS_ADDRESS, value: "{{ $.Release.Name }}-gcs-redis:6379"}
+  - name: REDIS_PASSWORD
+    valueFrom: {secretKeyRef: {name: {{ $.Values.secrets.redis }}, key: password}}
+  {{- end }}
+livenessProbe:
+  exec:
+    command: [wget, --tries=1, -T4, -qO-, "http://127.0.0.1:{{ ternary "8265/api/gcs_healthz" "52365/api/local_raylet_healthz" (eq $component "head") }}"]
+  initialDelaySeconds: 120
+  timeoutSeconds: 5
+  failureThreshold: 12
+{{- end }}
+
+{{- define "segcore.token" -}}
+- {name: RAY_AUTH_MODE, value: token}
+- name: RAY_AUTH_TOKEN
+  valueFrom: {secretKeyRef: {name: {{ required "without the operator, secrets.ray holds Ray's token" .Values.secrets.ray }}, key: auth_token}}
 {{- end }}

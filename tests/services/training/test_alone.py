@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -69,3 +70,20 @@ def test_the_command_says_how_it_ended(written, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", str(written_json), "--no-ray"])
     assert train.main() == 0
     assert '"done": true' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_that_was_lost_goes_on_when_it_is_begun_again(written, monkeypatch):
+    """As a RayJob does it, whose cluster may die at any time: the same words, `--retry` among them."""
+    file = written(steps=12, evaluation=None)
+    config, written_json = TrainConfig.read(file), file.with_suffix(".json")
+    written_json.write_text(config.to_json())
+    words = [str(written_json), "--retry", "--no-ray"]
+    with subprocess.Popen([sys.executable, "-m", train.__name__, *words], stdout=subprocess.PIPE) as first:
+        while latest(config.folder) is None:
+            assert first.poll() is None, first.communicate()
+        first.kill()
+    assert 0 < Progress.read(latest(config.folder)).step < 12
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    assert train.main() == 0
+    assert [line["step"] for line in read_lines(config.folder / LINES) if "loss" in line] == list(range(1, 13))
