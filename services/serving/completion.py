@@ -10,7 +10,6 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
-from dataclasses import replace
 
 from segcore.engine.engine import Engine
 from segcore.engine.request import Generation
@@ -51,11 +50,11 @@ class Completions:
             answer = _Answer(self._model, params)
             self._engine.generate(key, answer.generation)
             async with aclosing(answer.parts(len(tokens))) as parts:
-                input_tokens = 0 if after else len(tokens)
+                if not after:
+                    yield AnswerPart(text="", input_tokens=len(tokens))
                 async for part in parts:
                     if part.token_index > after or part.finish_reason is not None:
-                        yield replace(part, input_tokens=input_tokens)
-                        input_tokens = 0
+                        yield part
 
     @asynccontextmanager
     async def _stream(self, key: str, tenant: str) -> AsyncIterator[str]:

@@ -69,9 +69,11 @@ class Documents:
             )
         if offset + len(data) > self._config.max_document_bytes:
             raise self._too_long(self._config.max_document_bytes)
-        tokens = await self._take(live, document, data) if data else 0
+        if data:
+            tokens = await self._take(live, document, data)
+            return self._ack(live, document, waiting=not self._engine.room(live.key).done(), input_tokens=tokens)
         waiting = await self._wait(live, document, self._engine.room(live.key), began, timeout_s)
-        return self._ack(live, document, waiting=waiting, input_tokens=tokens)
+        return self._ack(live, document, waiting=waiting)
 
     async def finish(
         self, live: Live, document_id: str, total_bytes: int, sha256: bytes, timeout_s: float | None
@@ -84,9 +86,10 @@ class Documents:
         )
         if document is None or not again:
             document = _open(live.record, document_id)
-        tokens = 0 if again else await self._end(live, document, total_bytes, sha256)
+            tokens = await self._end(live, document, total_bytes, sha256)
+            return self._ack(live, document, waiting=True, input_tokens=tokens)
         waiting = await self._wait(live, document, self._engine.flush(live.key), began, timeout_s)
-        return self._ack(live, document, finished=not waiting, waiting=waiting, input_tokens=tokens)
+        return self._ack(live, document, finished=not waiting, waiting=waiting)
 
     def bytes_of(self, name: Name, record: Record, document_id: str) -> bytes:
         """What the log has of a document. Raises NotFound."""

@@ -14,23 +14,25 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from segcore.errors import DeadlineExceeded, SegcoreError, Unavailable, WrongOffset
+from segcore.errors import Busy, DeadlineExceeded, SegcoreError, Unavailable, WrongOffset
 from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
 from services.serving.messages import AnswerPart, Prompt, ServerInfo, UploadAck, check_name
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Told = Callable[[int], None]
 
 # Those whose results are kept by a request_id; the others can be repeated as they are, unless they expect a generation.
 _BY_REQUEST = ("create", "delete", "fork", "rewind", "import_session")
+# Those whose work may be long: they are told what is left of the caller's time.
+_TIMED = ("finish",)
 _LONGEST_WAIT_S = 1.0
 # How long a call is tried on after its first failure, beside the time that a lost replica's lease lasts.
 _PATIENCE_S = 15.0
@@ -38,6 +40,8 @@ _PATIENCE_S = 15.0
 # how long it may take to say so.
 _SILENCE_S = 10.0
 _ANSWERS_S = 5.0
+# How long it is tried to end an answer that failed.
+_END_S = 2.0
 _PLACES = 8
 
 
@@ -59,7 +63,7 @@ class Engines:
         patience, way = self._patience(ends), self._way(session_id)
         who = (tenant, session_id) if session_id else (tenant,)
         while True:
-            if ends is not None:
+            if ends is not None and method in _TIMED:
                 options["timeout_s"] = _left(ends)
             try:
                 return await way.answered(getattr(way.at, method).remote(*who, *args, **options))
@@ -81,11 +85,17 @@ class Engines:
         raise known
 
     async def append(
-        self, tenant: str, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None
+        self,
+        tenant: str,
+        session_id: str,
+        document_id: str,
+        offset: int,
+        data: bytes,
+        ends: float | None = None,
+        told: Told = lambda _: None,
     ) -> UploadAck:
-        """`Sessions.append`, until there is room. ends: as of `call`."""
+        """`Sessions.append`, until there is room. ends: as of `call`. told: is given the counts of tokens taken."""
         patience, way, tried, stop = self._patience(ends), self._way(session_id), False, str(offset + len(data))
-        tokens = 0
         while True:
             try:
                 where = (tenant, session_id, document_id, offset, data)
@@ -98,9 +108,9 @@ class Engines:
                     tried = True
                     continue
             else:
-                tokens += ack.input_tokens
+                told(ack.input_tokens)
                 if not ack.waiting:
-                    return replace(ack, input_tokens=tokens)
+                    return ack
             offset, data = int(stop), b""
 
     async def finish(
@@ -111,15 +121,15 @@ class Engines:
         total_bytes: int,
         sha256: bytes,
         ends: float | None = None,
+        told: Told = lambda _: None,
     ) -> UploadAck:
-        """`Sessions.finish`, until all has been run."""
-        tokens = 0
+        """`Sessions.finish`, until all has been run. told: as of `append`."""
         while True:
             where = (tenant, session_id, document_id, total_bytes, sha256)
             ack: UploadAck = await self.call("finish", *where, ends=ends)
-            tokens += ack.input_tokens
+            told(ack.input_tokens)
             if ack.finished:
-                return replace(ack, input_tokens=tokens)
+                return ack
 
     async def export(self, tenant: str, session_id: str) -> AsyncIterator[bytes]:
         """`Sessions.export`; a broken one isn't taken up."""
@@ -158,8 +168,12 @@ class Engines:
                 async for part in parts:
                     finished = part.finish_reason is not None
                     yield part
-        except SegcoreError:
+        except SegcoreError as error:
             finished = True  # as far as it can be
+            if not named and isinstance(error, (Busy, DeadlineExceeded, Unavailable)):  # nobody can take it up
+                soon = time.monotonic() + _END_S
+                with suppress(SegcoreError):
+                    await self.call("cancel_answer", tenant, session_id, request_id=request_id, ends=soon)
             raise
         finally:
             if not (named or finished):
@@ -184,8 +198,9 @@ class Engines:
             try:
                 async with aclosing(_stream(way, begin(way.at, after))) as parts:
                     async for part in parts:
-                        patience = self._patience(ends)
-                        after, finished = part.token_index, part.finish_reason is not None
+                        finished = part.finish_reason is not None
+                        if part.token_index > after:
+                            patience, after = self._patience(ends), part.token_index
                         yield part
             except (SegcoreError, TimeoutError, RayError, RayServeException) as error:
                 await patience.wait(await way.known(error))

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from ray.serve import context as serve_context
@@ -104,9 +105,9 @@ class Gate:
         """Bytes of a document, within the tenant's limits. Raises Busy, and what `Engines.append` raises."""
         self._quotas.take(tenant, "tokens", 0)
         self._quotas.take(tenant, "bytes", len(data))
-        ack = await self.engines.append(tenant.name, session_id, document_id, offset, data, ends)
+        told = partial(self._quotas.charge, tenant, "tokens")
+        ack = await self.engines.append(tenant.name, session_id, document_id, offset, data, ends, told)
         METER.count("segcore_uploaded_bytes", len(data))
-        self._quotas.charge(tenant, "tokens", ack.input_tokens)
         return ack
 
     async def finish(
@@ -119,9 +120,8 @@ class Gate:
         ends: float | None = None,
     ) -> UploadAck:
         """`Engines.finish`; what it runs counts, and is never refused."""
-        ack = await self.engines.finish(tenant.name, session_id, document_id, total_bytes, sha256, ends)
-        self._quotas.charge(tenant, "tokens", ack.input_tokens)
-        return ack
+        told = partial(self._quotas.charge, tenant, "tokens")
+        return await self.engines.finish(tenant.name, session_id, document_id, total_bytes, sha256, ends, told)
 
     async def answer(
         self, tenant: Tenant, session_id: str, question: str, params: SamplingParams, **options: Any
@@ -152,8 +152,14 @@ class Gate:
         self, tenant: Tenant, answer: AsyncGenerator[AnswerPart], after: int = 0
     ) -> AsyncGenerator[AnswerPart]:
         """An answer's parts, each of which counts as it comes, so that who leaves before the end has paid, too."""
+        input_tokens = 0
         async with aclosing(answer) as parts:
             async for part in parts:
-                self._quotas.charge(tenant, "tokens", part.input_tokens + part.token_index - after)
+                if part.input_tokens and not input_tokens:  # one that takes a prompt over tells it again
+                    input_tokens = part.input_tokens
+                    self._quotas.charge(tenant, "tokens", input_tokens)
+                if part.input_tokens and not (part.token_index or part.finish_reason):
+                    continue  # there is nothing else in it
+                self._quotas.charge(tenant, "tokens", part.token_index - after)
                 after = part.token_index
                 yield part

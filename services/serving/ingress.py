@@ -228,7 +228,7 @@ class Ingress:
         if request.HasField("header"):
             total = header.total_bytes if header.HasField("total_bytes") else None
             options = codec.options_from(header)
-            opened: UploadAck = await self._engines.call("open_document", *where, total, **options)
+            opened: UploadAck = await self._engines.call("open_document", *where, total, ends=ends, **options)
             return opened
         if request.HasField("data"):
             return await self._gate.append(tenant, *where[1:], request.data.offset, request.data.data, ends)

@@ -66,8 +66,8 @@ class SessionPage:
 class UploadAck:
     """Everything below `committed_offset` is taken. generation: the session's.
 
-    waiting: the engine hasn't come so far yet as the call should have waited for: make it again, with no new bytes.
-    input_tokens: those that the call's bytes became.
+    waiting: the engine hasn't come so far yet as the caller is to wait for: make the call again, with no new bytes.
+    input_tokens: those that the call's bytes became; it is told at once, for the caller may not wait.
     """
 
     committed_offset: int
@@ -106,8 +106,8 @@ class AnswerPart:
     """Some text of an answer; the last part has a finish reason, the counts of tokens, and the session's generation.
 
     token_index: how many of the answer's tokens all text so far stands for: where to go on after a break.
-    logprobs: of the tokens since the part before, if asked for. input_tokens: of the question or prompt; with the first
-    part that anybody gets.
+    logprobs: of the tokens since the part before, if asked for. input_tokens: of the question, with the first part that
+    anybody gets; of a prompt, in an empty part before it is run.
     """
 
     text: str

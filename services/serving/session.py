@@ -74,11 +74,11 @@ class Sessions(Catalog):
         *,
         timeout_s: float | None = None,
     ) -> UploadAck:
-        """Take bytes at `offset`, which must be the committed offset; returns when the engine has room for more.
+        """Take bytes at `offset`, which must be the committed offset; with none, wait for room in the engine.
 
-        If that takes longer than a slice, the acknowledgement says that it is `waiting`. Raises WrongOffset,
-        InvalidDocument, LimitExceeded; then nothing of `data` is taken. DeadlineExceeded, Unavailable: the detail
-        committed_offset says what is.
+        The acknowledgement says if there is none yet: it is `waiting`. Raises WrongOffset, InvalidDocument,
+        LimitExceeded; then nothing of `data` is taken. DeadlineExceeded, Unavailable: the detail committed_offset says
+        what is.
         """
         async with self._lives.using(name_of(tenant, session_id)) as live, self._lives.claimed(live, resident=True):
             self._check(live, None)
@@ -94,10 +94,10 @@ class Sessions(Catalog):
         *,
         timeout_s: float | None = None,
     ) -> UploadAck:
-        """End a document whose size and digest are as given; returns when all of it has been run.
+        """End a document whose size and digest are as given; made again, wait until all of it has been run.
 
-        If that takes longer than a slice, the acknowledgement says that it is `waiting`. Made again, it waits on.
-        Raises InvalidDocument; then the document stays open.
+        Until then the acknowledgement says that it is `waiting`, after a slice at most. Raises InvalidDocument; then
+        the document stays open.
         """
         async with self._lives.using(name_of(tenant, session_id)) as live, self._lives.claimed(live, resident=True):
             self._check(live, None)

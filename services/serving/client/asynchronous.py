@@ -12,7 +12,7 @@ import grpc
 
 from protos.gen.segcore.v1 import segcore_pb2 as pb
 from protos.gen.segcore.v1 import segcore_pb2_grpc as stubs
-from segcore.errors import DeadlineExceeded, SegcoreError, Unavailable
+from segcore.errors import Busy, DeadlineExceeded, SegcoreError, Unavailable
 from segcore.sampling import SamplingParams
 from services.serving import codec
 from services.serving.client.retries import Deadline, Patience, retried, typed_errors
@@ -216,7 +216,7 @@ class AsyncClient:
             except SegcoreError as error:
                 try:
                     await patience.wait(error)
-                except (DeadlineExceeded, Unavailable) as last:
+                except (Busy, DeadlineExceeded, Unavailable) as last:
                     last.details.setdefault("token_index", str(request.after_token))
                     if request_id is None:  # nobody can take it up
                         await self._give_up(session_id, request.request_id)

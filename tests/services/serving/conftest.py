@@ -83,8 +83,12 @@ async def upload(
     """A whole document, from where it is."""
     ack = await sessions.open_document("", name, document_id, None)
     for offset in range(ack.committed_offset, len(document), piece):
-        await sessions.append("", name, document_id, offset, document[offset : offset + piece])
-    await sessions.finish("", name, document_id, len(document), hashlib.sha256(document).digest())
+        data = document[offset : offset + piece]
+        ack = await sessions.append("", name, document_id, offset, data)
+        while ack.waiting:
+            ack = await sessions.append("", name, document_id, offset + len(data), b"")
+    while not ack.finished:
+        ack = await sessions.finish("", name, document_id, len(document), hashlib.sha256(document).digest())
 
 
 async def ask(sessions: Sessions, name: str = "s", params: SamplingParams = GREEDY, **options: object) -> str:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager, suppress
 
 import grpc
 import pytest
@@ -109,6 +109,59 @@ def test_an_answer_without_a_name_ends_when_its_time_is_up(client, engine):
         ask(client, session, timeout_s=0.2)
     assert not client.get_session(session).answering
     assert ask(client, session)
+
+
+def test_an_answer_that_nobody_can_take_up_ends_when_its_time_is_up(client, served, engine):
+    """A caller of the bare protocol, who named no request."""
+    session = client.create_session().session_id
+    client.upload(session, "A text.")
+    request = pb.GenerateRequest(session_id=session, question=QUESTION)
+    request.timeout.FromMilliseconds(200)
+    with grpc.insecure_channel(served.grpc) as channel, standing_still(engine):
+        answer = stubs.GenerationServiceStub(channel).Generate(request, timeout=30)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(answer)
+    assert isinstance(error_of(caught.value), DeadlineExceeded)
+    assert not client.get_session(session).answering
+
+
+def test_an_answer_that_nobody_can_take_up_ends_with_its_stream(client, served, engine, monkeypatch):
+    """The service is full when its stream is taken up again."""
+    session = client.create_session().session_id
+    client.upload(session, "A text.")
+    generate = engine.generate
+
+    async def cut(*args: object, **options: object) -> AsyncIterator[object]:
+        async with aclosing(generate(*args, **options)) as parts:
+            yield await anext(parts)
+        raise Busy("full")
+
+    monkeypatch.setattr(engine, "generate", cut)
+    with pytest.raises(Busy) as caught:
+        ask(client, session)
+    assert int(caught.value.details["token_index"]) > 0
+    assert not client.get_session(session).answering
+    with grpc.insecure_channel(served.grpc) as channel:
+        bare = stubs.GenerationServiceStub(channel)
+        answer = bare.Generate(pb.GenerateRequest(session_id=session, question=QUESTION), timeout=30)
+        with pytest.raises(grpc.RpcError, match="full"):
+            list(answer)
+    assert not client.get_session(session).answering
+
+
+def test_a_headers_time_is_up_though_no_engine_takes_it(client, served, engine, monkeypatch):
+    async def away(*_: object, **__: object) -> None:
+        raise Unavailable("away")
+
+    monkeypatch.setattr(engine, "open_document", away)
+    header = pb.DocumentHeader(session_id=client.create_session().session_id, document_id="d")
+    header.timeout.FromMilliseconds(300)
+    began = time.monotonic()
+    requests = iter([pb.UploadDocumentRequest(header=header)])
+    with grpc.insecure_channel(served.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(stubs.DocumentServiceStub(channel).UploadDocument(requests, timeout=10))
+    assert isinstance(error_of(caught.value), DeadlineExceeded)
+    assert time.monotonic() - began < 5
 
 
 def test_a_service_that_says_nothing_takes_no_more_than_the_time():
@@ -230,6 +283,35 @@ def test_documents_tokens_count_and_an_upload_goes_on_after_the_hint(limited, en
         list(client.generate(session, "?", SamplingParams(max_tokens=4)))
         assert refused[-1] > 500 * 60 / LIMIT  # a question counts, too
         client.delete_session(session)
+
+
+def test_who_leaves_has_paid(front, tmp_path, engine):
+    """What is taken counts though its caller's time is up, or its caller gone, before it is run."""
+    file = tmp_path / "tenants.json"
+    tenant = {"name": "t", "tokens": [token_hash("t")], "tokens_per_minute": 10**7}
+    file.write_text(json.dumps({"tenants": [tenant]}))
+    served = front(tenants=file)
+    quotas, known, charged = served.gate._quotas, served.gate._tenants.authenticate("Bearer t"), list[int]()
+    quotas.charge = lambda _tenant, _kind, amount: charged.append(amount)
+
+    async def leave() -> None:
+        async with aclosing(served.gate.complete(known, "Once upon a time", PARAMS)) as parts:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.3):
+                    await anext(parts)
+
+    with Client(served.grpc, token="t") as client:
+        session = client.create_session().session_id
+        with standing_still(engine), pytest.raises(DeadlineExceeded):
+            client.upload(session, DOCUMENT, document_id="d", timeout_s=0.3)
+        assert sum(charged) == client.get_session(session).processed_tokens > 0
+        client.upload(session, DOCUMENT, document_id="d")
+        assert sum(charged) == client.get_session(session).processed_tokens
+        client.delete_session(session)
+    charged.clear()
+    with standing_still(engine):
+        served.call(leave())
+    assert sum(charged) == len(engine._model.tokenizer.encode("Once upon a time"))
 
 
 def test_a_limit_is_told_with_a_hint_and_what_was_committed_stays(limited):

@@ -221,8 +221,11 @@ async def test_a_deadline_ends_an_upload_that_goes_on_later(replica, undisturbed
     await sessions.open_document("", "s", "d", None)
     with sessions._engine._changed:
         sessions._engine._interrupting += 1  # it stands still
+    taken = await sessions.append("", "s", "d", 0, DOCUMENT[:900], timeout_s=0.05)
+    assert taken.waiting
+    assert taken.input_tokens > 100  # told before anybody waits, who may leave
     with pytest.raises(DeadlineExceeded) as late:
-        await sessions.append("", "s", "d", 0, DOCUMENT[:900], timeout_s=0.05)
+        await sessions.append("", "s", "d", 900, b"", timeout_s=0.05)
     assert late.value.details["committed_offset"] == "900"
     assert sessions._engine.stats().sessions == 0
     with sessions._engine._changed:
