@@ -173,8 +173,9 @@ class Soak:
             while not (found := running("ingress" if front else "engine")) and not self.over.wait(1):
                 pass
             if found:
-                os.kill(random.choice(found).pid, signal.SIGKILL)
-                self.count("fronts killed" if front else "engines killed")
+                with suppress(ProcessLookupError):  # it ended by itself
+                    os.kill(random.choice(found).pid, signal.SIGKILL)
+                    self.count("fronts killed" if front else "engines killed")
 
     def sample(self) -> None:
         """Resident bytes of the service: of all but the engines, which come and go, and of the largest engine."""

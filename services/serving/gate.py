@@ -20,7 +20,7 @@ from segcore.sampling import SamplingParams
 from services.serving.config import ServeConfig
 from services.serving.engines import Engines, as_segcore_error
 from services.serving.logs import log_fields
-from services.serving.messages import AnswerPart, Prompt, UploadAck
+from services.serving.messages import AnswerPart, Prompt, SessionInfo, UploadAck
 from services.serving.metrics import METER
 from services.serving.record import digest_of
 from services.serving.status import code_of
@@ -98,6 +98,17 @@ class Gate:
             await self.engines.call("get", tenant.name, new_id)
         except NotFound:
             raise Busy(f"all {most} sessions are in use; delete one") from None
+
+    async def import_session(self, tenant: Tenant, session_id: str, data: bytes, request_id: str) -> SessionInfo:
+        """A session that was exported: what it holds counts, as a document's. Raises Busy."""
+        await self.check_sessions(tenant, session_id)
+        self._quotas.take(tenant, "tokens", 0)
+        self._quotas.take(tenant, "bytes", len(data))
+        info: SessionInfo = await self.engines.call(
+            "import_session", tenant.name, session_id, data, request_id=request_id
+        )
+        self._quotas.charge(tenant, "tokens", info.processed_tokens + info.pending_tokens)
+        return info
 
     async def append(
         self, tenant: Tenant, session_id: str, document_id: str, offset: int, data: bytes, ends: float | None = None

@@ -177,9 +177,8 @@ class Ingress:
                 )
         first = first or pb.ImportSessionRequest()
         session_id = first.session_id or call.metadata("session_id") or session_id_for(first.request_id)
-        where = _checked(session_id, call)
-        await self._gate.check_sessions(call.tenant, session_id)
-        info = await self._engines.call("import_session", *where, bytes(data), request_id=first.request_id)
+        _checked(session_id, call)
+        info = await self._gate.import_session(call.tenant, session_id, bytes(data), first.request_id)
         return pb.ImportSessionResponse(session=codec.session_to(info))
 
     @_unary(pb.GetDocumentResponse)

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 
@@ -312,6 +313,20 @@ def test_who_leaves_has_paid(front, tmp_path, engine):
     with standing_still(engine):
         served.call(leave())
     assert sum(charged) == len(engine._model.tokenizer.encode("Once upon a time"))
+
+
+def test_what_is_imported_counts(limited, engine):
+    quotas, counted = limited.gate._quotas, Counter[str]()
+    quotas.charge = quotas.take = lambda _tenant, kind, amount=1: counted.update({kind: amount})
+    with Client(limited.grpc, token="t") as client:
+        session = client.create_session().session_id
+        client.upload(session, DOCUMENT, document_id="d")
+        data, tokens = client.export_session(session), client.get_session(session).processed_tokens
+        counted.clear()
+        again = client.import_session(data).session_id
+        assert (counted["bytes"], counted["tokens"]) == (len(data), tokens)
+        for name in (session, again):
+            client.delete_session(name)
 
 
 def test_a_limit_is_told_with_a_hint_and_what_was_committed_stays(limited):
