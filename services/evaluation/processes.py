@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing as mp
+import os
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -22,6 +24,7 @@ class Processes:
     def __init__(self, config: EvalConfig) -> None:
         self._settings = config.model_dump(mode="json")
         self._busy: dict[Peer, Key] = {}
+        self._ranks = itertools.count()
 
     def start(self, worker: Peer | None, key: Key, case: Case) -> None:
         """Give a case to a worker that is idle, or to a new one."""
@@ -49,13 +52,14 @@ class Processes:
         # Spawned, not forked: a GPU's context doesn't survive a fork.
         context = mp.get_context("spawn")
         ours, theirs = context.Pipe()
-        context.Process(target=work, args=(theirs, self._settings), daemon=True).start()
+        context.Process(target=work, args=(theirs, self._settings, next(self._ranks)), daemon=True).start()
         theirs.close()
         return ours
 
 
-def work(peer: Peer, settings: dict[str, Any]) -> None:
+def work(peer: Peer, settings: dict[str, Any], rank: int) -> None:
     """A worker's process: answers until nobody asks any more."""
+    see_one_gpu(rank)
     from services.evaluation.worker import Worker  # brings torch along, which who deals doesn't need
 
     worker: Worker | None = None
@@ -70,3 +74,12 @@ def work(peer: Peer, settings: dict[str, Any]) -> None:
             peer.send(answer)
     if worker is not None:
         worker.close()
+
+
+def see_one_gpu(rank: int) -> None:
+    """Of several GPUs workers see one each, in turn, as Ray has it. Before CUDA starts in this process."""
+    import torch
+
+    if (count := torch.cuda.device_count()) > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[rank % count]

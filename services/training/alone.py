@@ -52,10 +52,12 @@ def work(config: TrainConfig, rank: int) -> None:
 
 def join(rank: int, settings: str, world: int, meeting: str, errors: Any) -> None:
     """A worker's process: what fails on one fails on all, and the first tells it."""
-    # Gloo for GPUs too: NCCL won't have two workers on one of them.
-    dist.init_process_group("cpu:gloo,cuda:gloo", init_method=meeting, rank=rank, world_size=world)
+    config = TrainConfig.model_validate_json(settings)
+    own = config.workers.gpus and world <= torch.cuda.device_count()  # NCCL won't have two workers on one GPU
+    backend = "cpu:gloo,cuda:nccl" if own else "cpu:gloo,cuda:gloo"
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
     try:
-        work(TrainConfig.model_validate_json(settings), rank)
+        work(config, rank)
     except SegcoreError as error:
         if rank == 0:
             errors.put(error)

@@ -50,6 +50,8 @@ class Run:
 
     def __init__(self, config: TrainConfig, workers: Workers, device: torch.device, report: Report) -> None:
         self.config, self.workers, self._report = config, workers, report
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton and recordings take the thread's, whatever their tensors lie on
         start = workers.gather(latest(config.folder))[0]
         self.learner = agreed(workers, partial(open_learner, config, device, start))
         self.optimizer = _optimizer(config, list(self.learner.named.values()), workers, device)

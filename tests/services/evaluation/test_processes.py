@@ -8,8 +8,10 @@ import threading
 from multiprocessing import Pipe
 from pathlib import Path
 
+import pytest
 
-def answer(peer, settings):
+
+def answer(peer, settings, rank):
     """A worker that dies once over the third case, as if by the kernel's hand."""
     while True:
         try:
@@ -46,7 +48,7 @@ def test_a_process_does_what_a_worker_does_and_tells_what_it_raises(config):
 
     ours, theirs = Pipe()
     settings = config.model_dump(mode="json")
-    threading.Thread(target=work, args=(theirs, settings), daemon=True).start()
+    threading.Thread(target=work, args=(theirs, settings, 0), daemon=True).start()
     case = next(iter(Plan.of(config).cases.values()))
     ours.send(("segmented", tuple(case)))
     result, expected = ours.recv(), Worker(settings).run("segmented", case)
@@ -68,3 +70,18 @@ def test_a_pipe_that_breaks_is_a_worker_that_died(config, monkeypatch):
     theirs.close()
     assert pool.wait() == (None, ("full", "x"), None)
     assert not pool.busy
+
+
+@pytest.mark.parametrize(("visible", "seen"), [(None, ["0", "1", "0"]), ("4,7", ["4", "7", "4"])])
+def test_workers_share_out_the_gpus(monkeypatch, visible, seen):
+    from services.evaluation.processes import see_one_gpu
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    found = []
+    for rank in range(3):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        see_one_gpu(rank)
+        found.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert found == seen
