@@ -17,7 +17,6 @@ from services.evaluation.endpoint import EndpointArm
 from services.evaluation.results import Result
 from services.evaluation.tasks.base import Case, Frame, Suite
 from services.evaluation.tasks.registry import open_suites
-from services.served import ServedArm
 
 
 class Worker:
@@ -91,6 +90,8 @@ class Worker:
 
     def _open(self, section: ArmSection) -> Arm:
         if section.service is not None:
+            from services.served import ServedArm  # brings gRPC along, which an engine of its own doesn't need
+
             return ServedArm(section.service)
         if section.url is not None:
             return EndpointArm(section)
