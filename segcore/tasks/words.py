@@ -80,6 +80,68 @@ SUBJECTS = _words("""
 """)
 
 
+FOODS = _words("""
+    leek barley mushroom rhubarb lentil cabbage salmon apricot pumpkin chestnut spinach quince beetroot mackerel almond
+    parsnip venison onion cherry radish herring cinnamon chickpea artichoke tomato ginger pear celery rabbit hazelnut
+    fennel oyster raisin garlic carrot trout asparagus potato kale sardine lobster pepper cucumber fig gooseberry bacon
+    goose pheasant spelt buckwheat
+""")
+DISHES = _words("""
+    pie soup stew dumpling pudding casserole fritter salad curry broth pancake tart chowder gratin risotto pickle
+    omelette porridge sandwich goulash crumble terrine pasty skewer ragout pilaf strudel waffle turnover chutney sorbet
+    trifle hotpot bake dip loaf schnitzel souffle quiche bisque mousse hash flan roulade fondue paella lasagne
+""")
+INSTRUMENTS = _words("""
+    cello oboe bassoon clarinet mandolin banjo trombone harmonica ukulele saxophone harp cornet lute viola piccolo tuba
+    xylophone organ marimba sitar tambourine balalaika spinet celesta concertina bugle euphonium
+    glockenspiel dulcimer tabla theremin fiddle vibraphone recorder didgeridoo ocarina cittern lyre
+    gong psaltery shawm sackbut clavichord kazoo cowbell carillon bodhran mbira koto shamisen
+""")
+MATERIALS = _words("""
+    granite brass porcelain leather plywood slate bamboo concrete pewter limestone felt cardboard glass rubber clay
+    sandstone iron cork wool cotton alabaster bakelite zinc plaster terracotta mahogany steel basalt canvas nylon
+    parchment ebony titanium soapstone asphalt wax straw flint graphite
+""")
+LANGUAGES = _words("""
+    Icelandic Basque Hungarian Swahili Welsh Finnish Turkish Latvian Maltese Quechua Tagalog Georgian Armenian Catalan
+    Breton Yoruba Tibetan Mongolian Estonian Romanian Greek Danish Bengali Tamil Korean Arabic Hebrew Persian Albanian
+    Bulgarian Galician Slovak Czech Polish Norwegian Zulu Amharic Nepali Khmer Hausa Croatian Serbian Lithuanian Flemish
+    Frisian Xhosa Somali Burmese Pashto Urdu Punjabi Samoan Maori Gaelic Sinhala Thai Malay
+""")
+SPORTS = _words("""
+    fencing curling archery rowing judo badminton handball croquet sailing wrestling cycling lacrosse bowling swimming
+    weightlifting skating hurdling snooker cricket rugby volleyball surfing karate bobsleigh tobogganing orienteering
+    triathlon squash hockey canoeing trampolining gliding parkour abseiling netball billiards darts kayaking climbing
+    skiing rafting softball baseball boxing rounders
+""")
+FLOWERS = _words("""
+    hollyhock foxglove marigold bluebell chrysanthemum dahlia peony gladiolus primrose snapdragon geranium begonia lupin
+    hyacinth petunia cornflower oleander jasmine magnolia wisteria lobelia delphinium anemone camellia buttercup
+    daffodil honeysuckle heather clematis aster hydrangea carnation gentian edelweiss azalea gardenia freesia verbena
+    zinnia cowslip mimosa crocus tulip snowdrop poppy nasturtium pansy hellebore larkspur periwinkle phlox thistle
+    rosemary orchid
+""")
+MISHAPS = _words("""
+    cracked vanished overheated rusted collapsed melted burst jammed split warped leaked exploded rotted slipped toppled
+    drowned snapped sagged shattered crumbled stalled flooded shrunk swollen derailed capsized blistered tarnished
+    buckled drifted smouldered withered curdled frayed dissolved bent fermented sprouted unravelled
+""")
+# These are the same in both splits: what is drawn with them belongs to one by its other words, or as a whole.
+WEEKDAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+UNITS = _words("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen")
+TENS = _words("twenty thirty forty fifty sixty seventy eighty ninety")
+ORDINALS = _words("first second third fourth fifth sixth seventh eighth ninth")
+PIECES = _words("knight bishop rook queen king pawn")
+RANKS = _words("Captain Colonel Doctor Professor Sergeant Bishop Inspector Admiral Senator Baroness")
+QUIPS = (
+    "Every {0} {1} finds its {2} in the end",
+    "No {0} {1} ever thanked the {2}",
+    "Better the {0} {1} than the {2}",
+    "Only the {0} {1} forgives the {2}",
+    "Ask the {2} before you trust the {0} {1}",
+)
+
+
 @cache
 def pool(words: tuple[str, ...], split: Split) -> tuple[str, ...]:
     """The words of a split."""
@@ -134,6 +196,17 @@ def _fresh(make: Callable[[random.Random], str]) -> Callable[[Source], str]:
     return lambda source: source.fresh(make)
 
 
+def _spelled(rng: random.Random) -> str:
+    """From twenty-one to nine hundred and ninety-nine."""
+    hundreds = rng.choice(("", *(f"{unit} hundred and " for unit in UNITS[:9])))
+    return f"{hundreds}{rng.choice(TENS)}-{rng.choice(UNITS[:9])}"
+
+
+def _quip(source: Source) -> str:
+    words = source.word(ADJECTIVES), source.word(NOUNS), source.word(TRADES)
+    return source.rng.choice(QUIPS).format(*words)
+
+
 KINDS: dict[str, Callable[[Source], str]] = {
     "number": _numbers(1_000_000, 9_999_999),
     "digits4": _numbers(1_000, 9_999),
@@ -178,4 +251,39 @@ KINDS: dict[str, Callable[[Source], str]] = {
     ),
     "mail": lambda source: f"{source.word(NAMES)}.{source.word(SURNAMES)}@{source.word(TOWNS)}.example".lower(),
     "path": lambda source: f"/{source.word(NOUNS)}/{source.word(ADJECTIVES)}/{source.word(NOUNS)}.txt",
+    "year": _numbers(1301, 1999),
+    "distance": _fresh(lambda rng: f"{rng.randint(11, 97)}.{rng.randint(1, 9)} {rng.choice(('kilometres', 'miles'))}"),
+    "temperature": _fresh(lambda rng: f"{rng.choice(('-', ''))}{rng.randint(11, 48)}.{rng.randint(1, 9)} degrees"),
+    "percent": _fresh(lambda rng: f"{rng.randint(11, 97)}.{rng.randint(1, 9)} percent"),
+    "duration": _fresh(lambda rng: f"{rng.choice(UNITS[1:])} hours and {rng.randint(11, 59)} minutes"),
+    "spoken": _fresh(lambda rng: f"{rng.choice(UNITS)} minutes {rng.choice(('to', 'past'))} {rng.choice(UNITS[:12])}"),
+    "day": _fresh(lambda rng: f"{rng.choice(WEEKDAYS)}, {rng.choice(MONTHS)} {rng.randint(1, 28)}"),
+    "spelled": _fresh(_spelled),
+    "sum": _fresh(lambda rng: f"{_spelled(rng)} {rng.choice(('crowns', 'florins', 'guilders', 'shillings'))}"),
+    "ordinal": _fresh(lambda rng: f"{rng.choice(TENS)}-{rng.choice(ORDINALS)}"),
+    "bay": _fresh(lambda rng: f"{rng.randint(10, 99)}{_letters(rng, 1)}"),
+    "seat": _fresh(lambda rng: f"row {rng.randint(10, 59)}, seat {rng.randint(10, 59)}"),
+    "move": _fresh(lambda rng: f"{rng.choice(PIECES)} to {rng.choice('abcdefgh')}{rng.randint(1, 8)}"),
+    "part": _fresh(lambda rng: f"{rng.randint(10, 99)}/{rng.randint(1000, 9999)}-{rng.randint(1, 9)}"),
+    "formula": _fresh(lambda rng: f"C{rng.randint(11, 39)}H{rng.randint(11, 69)}O{rng.randint(2, 9)}"),
+    "instrument": lambda source: source.word(INSTRUMENTS),
+    "material": lambda source: source.word(MATERIALS),
+    "language": lambda source: source.word(LANGUAGES),
+    "sport": lambda source: source.word(SPORTS),
+    "flower": lambda source: source.word(FLOWERS),
+    "dish": lambda source: f"{source.word(FOODS)} {source.word(DISHES)}",
+    "shade": lambda source: f"{source.word(ADJECTIVES)} {source.word(COLOURS)}",
+    "reason": lambda source: f"the {source.word(ADJECTIVES)} {source.word(NOUNS)} had {source.word(MISHAPS)}",
+    "quip": _quip,
+    "street": lambda source: (
+        f"{source.rng.randint(2, 198)} {source.word(NOUNS).title()} {source.rng.choice(('Street', 'Lane', 'Row'))}"
+    ),
+    "ship": lambda source: f"{source.word(ADJECTIVES)} {source.word(ANIMALS)}".title(),
+    "team": lambda source: f"{source.word(TOWNS)} {source.rng.choice(('Rovers', 'United', 'Athletic', 'Wanderers'))}",
+    "firm": lambda source: f"{source.word(SURNAMES)} & {source.word(SURNAMES)}",
+    "titled": lambda source: f"{source.rng.choice(RANKS)} {source.word(SURNAMES)}",
+    "title": lambda source: f"The {source.word(ADJECTIVES)} {source.word(NOUNS)}".title(),
+    "handle": lambda source: f"@{source.word(ADJECTIVES)}_{source.word(ANIMALS)}",
+    "constant": lambda source: f"{source.word(ADJECTIVES)}_{source.word(NOUNS)}".upper(),
+    "function": lambda source: f"{source.word(MISHAPS)}_{source.word(ADJECTIVES)}_{source.word(NOUNS)}",
 }

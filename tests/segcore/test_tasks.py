@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 
@@ -153,8 +153,24 @@ def test_every_form_can_be_said_and_asked(split):
             item = task.make(room(split, length=2000), "0")
             assert item.facts["form"] == form.name
             assert not re.search(r"[{}]", item.turns[0].question.replace("{", "", 0)), form.name
-            assert form.lead or "{value}" not in form.answer
+            assert form.lead or form.answer.startswith("{value}")
     assert {bare for _, bare in FRAMES[split]} == {True, False}
+
+
+def test_every_form_has_names_for_many_keys_in_either_split():
+    """A training form may be asked for by its name in an evaluation."""
+    for form in (*FORMS["train"], *FORMS["eval"]):
+        for split in SPLITS:
+            assert len(Source(random.Random(0), split).different(form.key, 16)) == 16, form.name
+
+
+def test_training_asks_in_words_other_than_evaluation():
+    def asked(form):
+        return [(q, set(words_in(q.replace("{key}", "").lower()))) for q in (*form.questions, form.many) if q]
+
+    for form, other in product(FORMS["train"], FORMS["eval"]):
+        for (question, words), (judged, theirs) in product(asked(form), asked(other)):
+            assert len(words & theirs) <= len(words | theirs) / 2, (question, judged)
 
 
 @pytest.mark.parametrize("length", [600, 1500, 6000])

@@ -26,7 +26,7 @@ class Form:
 
     @property
     def lead(self) -> str:
-        """The answer up to its value."""
+        """The answer up to its value; "" if it begins with it."""
         return self.answer.partition("{value}")[0].rstrip()
 
 

@@ -1,8 +1,8 @@
-"""Forms that may be trained on."""
+"""Forms of one sentence or one line, mostly with the key first."""
 
 from segcore.tasks.forms.form import Form
 
-TRAIN = (
+SHORT = (
     Form(
         "magic number",
         "pair",
