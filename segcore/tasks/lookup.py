@@ -26,7 +26,12 @@ class _Layout:
 _LAYOUTS: dict[Split, tuple[_Layout, ...]] = {
     "train": (
         _Layout(
-            "pair", "digits6", "", "\n{key}: {value}", "What is the value of {key}?", "The value of {key} is {value}."
+            "numbered pair",
+            "digits6",
+            "",
+            "\n{key}: {value}",
+            "What is the value of {key}?",
+            "The value of {key} is {value}.",
         ),
         _Layout("hex", "hex", "", '\n"{key}": "{value}",', 'Which value does the key "{key}" have?', "{value}"),
         _Layout(
@@ -82,7 +87,7 @@ _LAYOUTS: dict[Split, tuple[_Layout, ...]] = {
 class Lookup:
     """turns: questions, each for another entry. depth: where the first one's entry stands; None: anywhere.
 
-    classic: a layout of the training's, in whichever split: keys of two words, six digits.
+    classic: a layout of the training's, in whichever split: keys of two words and a number, values of six digits.
     """
 
     name: ClassVar[str] = "lookup"

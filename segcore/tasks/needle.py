@@ -30,7 +30,8 @@ class _Fact:
 @dataclass(frozen=True, kw_only=True)
 class Needle:
     """keys: facts that are hidden of each form; those that aren't asked for distract. values: of each key, to be named
-    all. queries: keys that a question asks for at once. turns: questions. mixed: forms in a document.
+    all. queries: keys that a question asks for at once. turns: questions, each for other facts while there are. mixed:
+    forms in a document.
 
     depth: where the first question's facts stand, from 0 to 1; None: anywhere. forms: by name; empty: all of the
     split's. Another split's may be named; names, values and haystack stay apart all the same.
@@ -58,7 +59,9 @@ class Needle:
     def make(self, room: Room, seed: str) -> Item:
         rng = rng_of(f"{self}", room, seed)
         facts = self._facts(Source(rng, room.split))
-        asked = [self._asked(facts, rng) for _ in range(self.turns)]
+        asked: list[list[_Fact]] = []
+        for _ in range(self.turns):
+            asked.append(self._asked(facts, asked, rng))
         frames = [rng.choice(FRAMES[room.split]) for _ in asked]
         drafts = [_turn(group, *frame, rng) for group, frame in zip(asked, frames, strict=True)]
         placed = [(fact, statement) for fact in facts for statement in fact.statements]
@@ -84,10 +87,12 @@ class Needle:
             for key in source.different(form.key, self.keys)
         ]
 
-    def _asked(self, facts: Sequence[_Fact], rng: random.Random) -> list[_Fact]:
-        """Facts of one form."""
-        form = rng.choice(facts).form
-        return rng.sample([fact for fact in facts if fact.form is form], self.queries)
+    def _asked(self, facts: Sequence[_Fact], before: Sequence[Sequence[_Fact]], rng: random.Random) -> list[_Fact]:
+        """Facts of one form: what was told before is to be read in the turns, and no longer in the document."""
+        left = [fact for fact in facts if not any(fact is other for group in before for other in group)]
+        usable = [fact for fact in left if sum(other.form is fact.form for other in left) >= self.queries] or facts
+        form = rng.choice(usable).form
+        return rng.sample([fact for fact in usable if fact.form is form], self.queries)
 
     def _depths(self, fact: _Fact, first: Sequence[_Fact], rng: random.Random) -> list[float]:
         """Of its statements, which stand in the order of its values."""

@@ -241,6 +241,7 @@ KINDS: dict[str, Callable[[Source], str]] = {
     "antique": lambda source: f"{source.word(ADJECTIVES)} {source.word(THINGS).replace('-', ' ')}",
     "trader": lambda source: f"{source.word(TRADES)} of {source.word(TOWNS)}",
     "pair": lambda source: f"{source.word(ADJECTIVES)}-{source.word(NOUNS)}",
+    "numbered pair": lambda source: f"{source.draw('pair')}-{source.rng.randint(10, 99)}",
     "described": lambda source: f"{source.word(ADJECTIVES)} {source.word(NOUNS)}",
     "three": lambda source: " ".join(source.words(NOUNS, 3)),
     "place": lambda source: f"under the {source.word(ADJECTIVES)} {source.word(NOUNS)}",

@@ -86,7 +86,10 @@ class EngineArm:
         self._model, self._segment, self._past_bytes = model, segment, past_bytes
         self._device = model.lm.spec.device
         self._document: _Document | None = None
-        self._engine = Engine(model.lm, model.identified(EngineConfig(segment=segment, cache=cache, slots=2)))
+        config = EngineConfig(segment=segment, cache=cache, slots=2)
+        if self._device.type == "cuda":
+            config = replace(config, chunk_tokens=segment.segment_tokens)  # whole segments, the quickest by far
+        self._engine = Engine(model.lm, model.identified(config))
 
     def close(self) -> None:
         self._engine.shutdown()

@@ -204,6 +204,20 @@ def test_values_of_a_key_are_named_in_the_order_of_the_text():
         assert places == sorted(places)
 
 
+@pytest.mark.parametrize("options", [{"keys": 2, "mixed": 6}, {"keys": 16}, {"keys": 12, "queries": 2}], ids=str)
+def test_each_turn_asks_for_other_facts_while_there_are(options):
+    turns = make_task("needle", turns=6, **options).make(room(), "0").turns
+    told = [span for turn in turns for span in turn.needed]
+    assert len(set(told)) == len(told)
+    again = make_task("needle", keys=2, turns=3).make(room(), "0").turns
+    assert len({turn.needed for turn in again}) == 2
+
+
+def test_a_long_lookup_has_keys_enough():
+    item = make_task("lookup", classic=True).make(room("eval", length=128_000), "0")
+    assert item.facts["entries"] > 5000
+
+
 def test_chains_are_followed_to_their_value():
     item = make_task("tracking", chains=3, hops=4, turns=3).make(room(), "0")
     for turn in item.turns:
