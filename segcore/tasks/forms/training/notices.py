@@ -70,14 +70,6 @@ NOTICES = (
         "The {key} got lost near {value}.",
     ),
     Form(
-        "playbill",
-        "trader",
-        "person",
-        "\nTonight the part of the {key} will be played by {value}.\n",
-        ("Who takes the part of the {key}?", "Which actor appears tonight as the {key}?"),
-        "{value} plays the {key} tonight.",
-    ),
-    Form(
         "road works",
         "house",
         "day",
