@@ -110,7 +110,11 @@ class Rope:
 
     def __call__(self, q_HTD: Tensor, k_HTD: Tensor, first_position: int) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys that stand at positions first_position, first_position + 1, ..."""
-        q, k = self._rotate(q_HTD[None], k_HTD[None], *self._at(first_position, k_HTD.shape[1]))
+        return self.turn(q_HTD, k_HTD, *self._at(first_position, k_HTD.shape[1]))
+
+    def turn(self, q_HTD: Tensor, k_HTD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys by rows of the table."""
+        q, k = self._rotate(q_HTD[None], k_HTD[None], cos_1TD, sin_1TD)
         return q[0], k[0]
 
     def keys(self, k_HTD: Tensor, first_position: int) -> Tensor:

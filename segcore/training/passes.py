@@ -1,44 +1,32 @@
-"""A trainer's passes over whole segments, each kind as CUDA graphs: one forward, two backward.
+"""A trainer's passes: whole segments and short parts of them as CUDA graphs, others as ever.
 
-On a GPU a small model's step is launches more than arithmetic. But all segments of a stream have one shape, once its
-prefixes are full: so a pass is recorded, with what its backward pass does, and played for every segment after it. What
-comes before and behind a pass, embedding, choices and closes, runs as ever.
+On a GPU a small model's step is launches more than arithmetic.
 
-Shapes: T tokens, C hidden dimension, H KV heads, G query heads per KV head, N rows of a prefix, D head dimension.
+Shapes: T tokens, C hidden dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from segcore.config import Cell
 from segcore.engine.runner import Runner
 from segcore.pastkv.session import SessionPast
-from segcore.state import State, Window
-from segcore.training.boundary import prefix
+from segcore.state import State
+from segcore.training import parts, wholes
+from segcore.training.parts import Part, part_kind, rooms_of
+from segcore.training.recorder import GradientSums
+from segcore.training.wholes import Whole, prefixes_of, take, whole_kind
 
-# A kind of pass is recorded when it comes so often in a row: streams begin with a few that don't come again, and under
-# policies that keep everything none does.
+# A kind of pass is recorded when it comes so often, of whole segments in a row: streams begin with a few that don't
+# come again, and under policies that keep everything none does.
 _RECORDED_AT = 3
-
-
-class _Seen(NamedTuple):
-    """What a pass knows of a window: KV heads, rows of its prefix, and the position of the segment's first token."""
-
-    heads: tuple[int, ...]
-    prefix: int
-    position: int
-
-
-# Windows by layer.
-Kind = tuple[tuple[_Seen, ...], ...]
 
 
 class Passes:
@@ -50,26 +38,22 @@ class Passes:
     def __init__(self, runner: Runner, record: bool | None = None) -> None:
         self._runner = runner
         self._record = runner.model.spec.device.type == "cuda" if record is None else record
-        self._last: tuple[Kind | None, int] = None, 0
-        self._recorded: dict[Kind, _Recorded] = {}
+        self._rooms = rooms_of(runner) if self._record else []
+        self._last: tuple[wholes.Kind | None, int] = None, 0
+        self._met: Counter[parts.Kind] = Counter()
+        self._wholes: dict[wholes.Kind, Whole] = {}
+        self._parts: dict[parts.Kind, Part] = {}
+        self._sums: GradientSums | None = None
         self._inputs_alone = False
 
     def hidden(self, tokens_T: Tensor, state: State, past: SessionPast) -> Tensor:
         """As `Runner.hidden`, of one stream; [T, C]."""
-        kind = self._kind(state, len(tokens_T))
-        if kind is None:
-            return self._runner.hidden(tokens_T[None], [state], [past])[0]
-        self._runner.begin_pass(tokens_T[None], [state], [past])
-        embedded_TC = self._embed(tokens_T)
-        if kind not in self._recorded:
-            prefixes = [given.detach().clone().requires_grad_() for given in _prefixes(state)]
-            self.collect()
-            self._recorded.clear()  # one at a time: each keeps a segment's activations
-            self._recorded[kind] = _Recorded(self._runner, kind, embedded_TC.detach().clone(), prefixes)
-        hidden_TC, queries, rows = self._recorded[kind](embedded_TC, _prefixes(state), lambda: self._inputs_alone)
-        state.queries = [q.clone() for q in queries]
-        _take(state, rows)
-        return hidden_TC
+        if self._may_record():
+            if (whole := self._whole_kind(state, len(tokens_T))) is not None:
+                return self._play_whole(whole, tokens_T, state, past)
+            if (part := self._part_kind(state, len(tokens_T))) is not None:
+                return self._play_part(part, tokens_T, state, past)
+        return self._runner.hidden(tokens_T[None], [state], [past])[0]
 
     @contextmanager
     def inputs_alone(self) -> Iterator[None]:
@@ -82,228 +66,63 @@ class Passes:
 
     def forget(self) -> None:
         """Let go of gradients that a step which broke off has left."""
-        for recorded in self._recorded.values():
-            recorded.gradients()
+        if self._sums is not None:
+            self._sums.take()
 
     def collect(self) -> None:
         """Add the gradients that recorded passes left to the parameters' `.grad`, as a backward pass does."""
-        for recorded in self._recorded.values():
-            torch.autograd.backward(recorded.parameters, recorded.gradients())
+        if self._sums is not None:
+            torch.autograd.backward(self._sums.parameters, self._sums.take())
 
-    def _embed(self, tokens_T: Tensor) -> Tensor:
+    def _may_record(self) -> bool:
+        # Shards are gathered by hooks of each layer.
+        return self._record and not any(isinstance(p, DTensor) for p in self._runner.model.model.parameters())
+
+    def _whole_kind(self, state: State, tokens: int) -> wholes.Kind | None:
+        """What is to be recorded, or has been."""
+        policy, whole = self._runner.policy, self._runner.config.segment_tokens
+        if state.filled or tokens != whole or tokens < policy.watched_tokens:
+            return None
+        kind = whole_kind(state)
+        last, times = self._last
+        self._last = kind, times + 1 if kind == last else 1
+        return kind if kind in self._wholes or self._last[1] >= _RECORDED_AT else None
+
+    def _part_kind(self, state: State, tokens: int) -> parts.Kind | None:
+        kind = part_kind(self._rooms, state, tokens)
+        if kind is None:
+            return None
+        self._met[kind] += 1
+        return kind if self._met[kind] >= _RECORDED_AT else None
+
+    def _play_whole(self, kind: wholes.Kind, tokens_T: Tensor, state: State, past: SessionPast) -> Tensor:
+        embedded_TC = self._begin(tokens_T, state, past)
+        if kind not in self._wholes:
+            prefixes = [given.detach().clone().requires_grad_() for given in prefixes_of(state)]
+            sums = self._sums_for_recording()
+            self._wholes.clear()  # one at a time: each keeps a segment's activations
+            self._wholes[kind] = Whole(self._runner, kind, sums, embedded_TC.detach().clone(), prefixes)
+        hidden_TC, queries, rows = self._wholes[kind](embedded_TC, prefixes_of(state), lambda: self._inputs_alone)
+        state.queries = [q.clone() for q in queries]
+        take(state, rows)
+        return hidden_TC
+
+    def _play_part(self, kind: parts.Kind, tokens_T: Tensor, state: State, past: SessionPast) -> Tensor:
+        embedded_TC = self._begin(tokens_T, state, past)
+        if kind not in self._parts:
+            like = state.layers[0][0].v_HND.detach()
+            self._parts[kind] = Part(self._runner, kind, self._sums_for_recording(), embedded_TC.detach(), like)
+        return self._parts[kind](embedded_TC, state, lambda: self._inputs_alone)
+
+    def _begin(self, tokens_T: Tensor, state: State, past: SessionPast) -> Tensor:
+        """Write a pass down, and embed its tokens, [T, C]."""
+        self._runner.begin_pass(tokens_T[None], [state], [past])
         embedding = cast(nn.Module, cast(Any, self._runner.model.model).get_input_embeddings())
         return cast(Tensor, embedding(tokens_T[None].to(self._runner.model.spec.device)))[0]
 
-    def _kind(self, state: State, tokens: int) -> Kind | None:
-        """What is to be recorded, or has been; None for passes that run as ever."""
-        policy, whole = self._runner.policy, self._runner.config.segment_tokens
-        if not self._record or state.filled or tokens != whole or tokens < policy.watched_tokens:
-            return None
-        if any(isinstance(parameter, DTensor) for parameter in self._runner.model.model.parameters()):
-            return None  # shards are gathered by hooks of each layer
-        kind = tuple(tuple(_Seen(w.heads, w.base - w.start, w.position) for w in ws) for ws in state.layers)
-        last, times = self._last
-        self._last = kind, times + 1 if kind == last else 1
-        return kind if kind in self._recorded or self._last[1] >= _RECORDED_AT else None
-
-
-def _prefixes(state: State) -> list[Tensor]:
-    """What a pass is given of each window: keys, rotated keys and values of its prefix, [H, N, D] each."""
-    return [x for windows in state.layers for window in windows for x in prefix(window)]
-
-
-def _take(state: State, made: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Let windows be what a pass made: keys, rotated keys and values of prefix and segment, [H, N + T, D] each."""
-    rows = iter(made)
-    state.layers = [
-        [Window(w.heads, *next(rows), 0, w.base - w.start, w.position) for w in windows] for windows in state.layers
-    ]
-
-
-class _Recorded:
-    """A kind of pass, and where it finds and leaves everything."""
-
-    def __init__(self, runner: Runner, kind: Kind, embedded_TC: Tensor, prefixes: list[Tensor]) -> None:
-        self._runner, self._kind = runner, kind
-        self._inputs = [embedded_TC.requires_grad_(), *prefixes]
-        self.parameters = [p for p in runner.model.model.parameters() if p.requires_grad]
-        wide = [torch.promote_types(p.dtype, torch.float32) for p in self.parameters]
-        self._sums = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(self.parameters, wide, strict=True)]
-        self._watched = {cell: i for i, cell in enumerate(runner.policy.watched)}
-        self._made: list[Tensor] = []
-        self._given: list[Tensor] = []
-        self._found: dict[bool, list[Tensor | None]] = {}
-        record = _Recorder(embedded_TC.device)
-        # Kernels that are chosen or compiled when they first run have run before it is recorded.
-        with record.apart():
-            self._forward()
-            self._given = [torch.zeros_like(made) for made in self._differentiable]
-            self._backward(inputs_alone=False)
-        self._made, self._found = [], {}
-        self._table = runner.model.rope.table  # graphs know it by its address
-        self._play_forward = record(self._forward)
-        self._play_backward = {alone: record(partial(self._backward, inputs_alone=alone)) for alone in (False, True)}
-        if record.plays:  # the graph's nodes have done their work, and would hold on to the stream
-            self._made = [made.detach() for made in self._made]
-        self.gradients()  # of the trial: not wanted
-
-    def __call__(
-        self, embedded_TC: Tensor, prefixes: list[Tensor], inputs_alone: Callable[[], bool]
-    ) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
-        """Hidden states, [T, C]; the watched cells' queries; for each window what `_take` takes.
-
-        They are good until the next pass. inputs_alone: asked when a backward pass comes.
-        """
-        # So that a backward pass reaches the weights, whether or not it goes further.
-        tie = torch.empty((), device=embedded_TC.device, requires_grad=True)
-        made = cast(Any, _Played).apply(self, inputs_alone, tie, embedded_TC, *prefixes)
-        windows = sum(map(len, self._kind))
-        rows = [tuple(made[1 + 3 * i : 4 + 3 * i]) for i in range(windows)]
-        return made[0], list(made[1 + 3 * windows :]), rows
-
-    def gradients(self) -> list[Tensor]:
-        """What backward passes have left for the parameters since this was last asked."""
-        found = [total.to(p.dtype, copy=True) for p, total in zip(self.parameters, self._sums, strict=True)]
-        for total in self._sums:
-            total.zero_()
-        return found
-
-    @torch.no_grad()
-    def forward(self, given: Sequence[Tensor]) -> list[Tensor]:
-        """Play the pass for other inputs."""
-        torch._foreach_copy_(self._inputs, list(given))
-        self._play_forward()
-        return [made.detach() for made in self._made]
-
-    @torch.no_grad()
-    def backward(self, gradients: Sequence[Tensor | None], *, inputs_alone: bool) -> list[Tensor | None]:
-        """Play the backward pass; gradients of the inputs, good until the next one."""
-        pairs = list(zip(self._given, gradients, strict=False))  # none for queries
-        if given := [(mine, gradient) for mine, gradient in pairs if gradient is not None]:
-            torch._foreach_copy_([mine for mine, _ in given], [gradient for _, gradient in given])
-        if lacking := [mine for mine, gradient in pairs if gradient is None]:
-            torch._foreach_zero_(lacking)
-        self._play_backward[inputs_alone]()
-        return list(self._found[inputs_alone])
-
-    @property
-    def _differentiable(self) -> list[Tensor]:
-        return self._made[: len(self._made) - len(self._watched)]
-
-    @torch.enable_grad()
-    def _forward(self) -> None:
-        body = cast(nn.Module, self._runner.model.model.base_model)
-        attend = _Attend(self._runner, self._kind, self._inputs[1:], self._watched)
-        made = body(inputs_embeds=self._inputs[0][None], use_cache=False, segcore_attend=[attend])
-        self._made = [made.last_hidden_state[0], *attend.rows, *(attend.queries[i] for i in range(len(self._watched)))]
-        attend.end()
-
-    def _backward(self, *, inputs_alone: bool) -> None:
-        leaves = self._inputs if inputs_alone else [*self._inputs, *self.parameters]
-        found = torch.autograd.grad(self._differentiable, leaves, self._given, retain_graph=True, allow_unused=True)
-        self._found[inputs_alone] = list(found[: len(self._inputs)])
-        for total, gradient in zip(self._sums, found[len(self._inputs) :], strict=False):
-            if gradient is not None:
-                total += gradient
-
-
-class _Attend:
-    """Attention of a recorded pass: what it sees is given, what it makes is handed out. It may be called again."""
-
-    def __init__(self, runner: Runner, kind: Kind, prefixes: list[Tensor], watched: dict[Cell, int]) -> None:
-        self._runner, self._kind, self._watched = runner, kind, watched
-        given = iter(prefixes)
-        self._prefixes = [[(next(given), next(given), next(given)) for _ in windows] for windows in kind]
-        self.rows: list[Tensor] = []
-        self.queries: dict[int, Tensor] = {}
-        self.recording = True
-
-    def end(self) -> None:
-        """What it made is let go of: a layer's checkpoint holds this, and would be held by it, a cycle."""
-        self.recording, self.rows, self.queries = False, [], {}
-
-    def __call__(self, layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
-        if self.recording:
-            self._watch(layer, q_HGTD)
-        windows = list(zip(self._kind[layer], self._prefixes[layer], strict=True))
-        if len(windows) == 1:
-            return self._see(*windows[0], q_HGTD, k_HTD, v_HTD, scale)
-        out = torch.empty_like(q_HGTD)
-        for window, given in windows:
-            heads = self._runner.rows_of(window.heads)
-            out[heads] = self._see(window, given, q_HGTD[heads], k_HTD[heads], v_HTD[heads], scale)
-        return out
-
-    def _see(
-        self,
-        window: _Seen,
-        given: tuple[Tensor, Tensor, Tensor],
-        q_HGTD: Tensor,
-        k_HTD: Tensor,
-        v_HTD: Tensor,
-        scale: float,
-    ) -> Tensor:
-        rotated_q, rotated_k = self._runner.model.rope(q_HGTD.flatten(0, 1), k_HTD, window.position)
-        k, rotated, v = given
-        keys, values = torch.cat([rotated, rotated_k], dim=1), torch.cat([v, v_HTD], dim=1)
-        if self.recording:
-            self.rows += [torch.cat([k, k_HTD], dim=1), keys, values]
-        return self._runner.attention(rotated_q.view(q_HGTD.shape), keys, values, scale)
-
-    def _watch(self, layer: int, q_HGTD: Tensor) -> None:
-        for head in range(q_HGTD.shape[0]):
-            i = self._watched.get(Cell(layer, head))
-            if i is not None:
-                self.queries[i] = q_HGTD[head].detach()[:, -self._runner.policy.watched_tokens :]
-
-
-class _Played(torch.autograd.Function):
-    """A recorded pass in a graph of autograd's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, recorded: _Recorded, inputs_alone: Callable[[], bool], tie: Tensor, *given: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.recorded, ctx.inputs_alone = recorded, inputs_alone
-        ctx.set_materialize_grads(False)
-        return tuple(recorded.forward(given))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, None, *ctx.recorded.backward(gradients, inputs_alone=ctx.inputs_alone())
-
-
-class _Recorder:
-    """Makes CUDA graphs of work, which do it again where it was done. Where there are none, the work is done anew.
-
-    A backward pass runs where its forward pass did: all that is recorded, and a trial before it, is on one stream.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pool = None if self._stream is None else torch.cuda.graph_pool_handle()
-
-    @property
-    def plays(self) -> bool:
-        return self._stream is not None
-
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Work within is on the stream that is recorded."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self._stream)
-
-    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        if not self.plays:
-            return work
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        # Other threads move blocks meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
+    def _sums_for_recording(self) -> GradientSums:
+        """A recording begins with a trial, whose gradients nobody wants: those before it are brought to safety."""
+        if self._sums is None:
+            self._sums = GradientSums(self._runner.model.model)
+        self.collect()
+        return self._sums

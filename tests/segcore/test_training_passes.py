@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from segcore.training import passes
+from segcore.training import parts, passes
 from segcore.training.stream import TrainingStream
 from segcore.training.tbptt import SegmentedTrainer
 from tests.segcore.test_invariants import MATRIX, STREAM
@@ -12,8 +12,13 @@ from tests.segcore.unrolled import assert_same_gradients, gradients_of, trained_
 
 # Four segments of 16, of which one has a mark inside, and a rest.
 TEXT = TrainingStream("text", STREAM[:74], marks=(21, 48))
+# A conversation: its turns are short, and segments are cut at several places.
+CHAT = TrainingStream("chat", STREAM[:74], marks=(3, 18, 21, 25, 30, 48, 66, 67, 70))
 # Their passes never run over a whole segment, or keep queries from before it.
 NEVER = ("segmented-refreshing", "ltri-small-windows")
+
+# Prefixes of these outgrow any room.
+GROWING = ("full", "longgen", "duo", "lagkv")
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +37,29 @@ def test_recorded_passes_give_the_same_gradients(lm, monkeypatch, policy, k):
     expected_losses, expected = gradients(lm, SegmentedTrainer(lm, MATRIX[policy], k=k, chunk_tokens=16, record=False))
     trainer = SegmentedTrainer(lm, MATRIX[policy], k=k, chunk_tokens=16, checkpoint_layers=k == 1, record=True)
     losses, ours = gradients(lm, trainer)
-    assert bool(trainer._passes._recorded) == (policy not in NEVER)
+    assert bool(trainer._passes._wholes) == (policy not in NEVER)
+    assert losses == pytest.approx(expected_losses, rel=1e-12)
+    assert_same_gradients(ours, expected)
+
+
+@pytest.mark.parametrize(("k", "sizes"), [(0, (128,)), (1, (2, 5)), ("all", (2, 5))])
+@pytest.mark.parametrize("policy", MATRIX)
+def test_turns_that_are_recorded_give_the_same_gradients(lm, monkeypatch, policy, k, sizes):
+    monkeypatch.setattr(passes, "_RECORDED_AT", 2)
+    monkeypatch.setattr(parts, "SIZES", sizes)
+    plain = SegmentedTrainer(lm, MATRIX[policy], k=k, chunk_tokens=16, record=False)
+    expected_losses, expected = gradients(lm, plain, stream=CHAT)
+    trainer = SegmentedTrainer(lm, MATRIX[policy], k=k, chunk_tokens=16, checkpoint_layers=k == 0, record=True)
+    losses, ours = gradients(lm, trainer, stream=CHAT)
+    assert policy.startswith(GROWING) or {kind.tokens for kind in trainer._passes._parts} == set(sizes)
     assert losses == pytest.approx(expected_losses, rel=1e-12)
     assert_same_gradients(ours, expected)
 
 
 def test_a_kind_that_comes_again_and_again_is_recorded_once(lm, monkeypatch):
     recordings = []
-    record = passes._Recorded
-    monkeypatch.setattr(passes, "_Recorded", lambda *given: recordings.append(given) or record(*given))
+    record = passes.Whole
+    monkeypatch.setattr(passes, "Whole", lambda *given: recordings.append(given) or record(*given))
     trainer = SegmentedTrainer(lm, MATRIX["segmented"], k=0, chunk_tokens=16, record=True)
     longer = TrainingStream("longer", STREAM[:120])
     plain = SegmentedTrainer(lm, MATRIX["segmented"], k=0, chunk_tokens=16, record=False)
@@ -54,7 +73,7 @@ def test_a_kind_that_comes_again_and_again_is_recorded_once(lm, monkeypatch):
 def test_what_never_comes_again_is_not_recorded(lm):
     trainer = SegmentedTrainer(lm, MATRIX["full"], k=1, chunk_tokens=16, record=True)
     gradients(lm, trainer, times=2)
-    assert not trainer._passes._recorded
+    assert not trainer._passes._wholes
 
 
 def test_no_gradient_of_a_broken_step_is_left(lm, monkeypatch):
@@ -62,7 +81,6 @@ def test_no_gradient_of_a_broken_step_is_left(lm, monkeypatch):
     expected = gradients(lm, SegmentedTrainer(lm, MATRIX["segmented"], k=0, chunk_tokens=16, record=False))[1]
     trainer = SegmentedTrainer(lm, MATRIX["segmented"], k=0, chunk_tokens=16, record=True)
     trainer.loss_and_grad(TEXT, 1000)
-    (recorded,) = trainer._passes._recorded.values()
-    recorded._sums[0].fill_(1)  # as if the step had broken off before they were collected
+    trainer._passes._sums._sums[0].fill_(1)  # as if the step had broken off before they were collected
     gradients_of(lm)
     assert_same_gradients(gradients(lm, trainer)[1], expected)

@@ -1,0 +1,310 @@
+"""Short passes, over what turns cut off a segment, as CUDA graphs: one forward, two backward.
+
+A conversation is cut at each of its marks, and what is between two of them is some dozens of tokens: on a GPU such a
+pass is nothing but launches. Passes of at most so many tokens are of one kind, padded to as many, and so are the rows
+before them: a mask hides what isn't there. A segment's passes wait together for their backward passes, so what they
+compute isn't kept: a backward pass runs its pass again (Chen et al. 2016, arXiv 1604.06174).
+
+Shapes: T tokens, of which a pass may have fewer, C hidden dimension, H KV heads, G query heads per KV head, N rows
+before the pass, D head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from segcore.config import Cell
+from segcore.engine.runner import Runner
+from segcore.state import State, Window
+from segcore.training.recorder import GradientSums, Recorder
+
+# Tokens that a pass may have.
+SIZES = (128, 512)
+# Kernels that take a mask want rows of it to begin at multiples.
+_ALIGNED = 16
+
+
+class Room(NamedTuple):
+    """What a pass has room for of a window. rows: before its own. view: windows of one view have as many rows, at the
+    same positions."""
+
+    heads: tuple[int, ...]
+    rows: int
+    view: int
+
+
+class Kind(NamedTuple):
+    """tokens: that the pass has room for. windows: by layer."""
+
+    tokens: int
+    windows: tuple[tuple[Room, ...], ...]
+
+
+class _Place(NamedTuple):
+    """Of a window before a pass. room: for so many rows. rows: that there are. position: RoPE's, of the first token."""
+
+    room: int
+    rows: int
+    position: int
+
+
+def rooms_of(runner: Runner) -> list[int]:
+    """Of all windows, for a full prefix and a whole segment; policies whose prefixes grow for ever outgrow them."""
+    windows = [w for layer in range(runner.model.spec.layers) for w in runner.policy.windows(layer)]
+    return [-(-(w.base + runner.config.segment_tokens) // _ALIGNED) * _ALIGNED for w in windows]
+
+
+def part_kind(rooms: list[int], state: State, tokens: int) -> Kind | None:
+    """The kind of a pass over so many tokens; None for one that there is no room for."""
+    size = next((size for size in SIZES if tokens <= size), None)
+    places = _places(rooms, state)
+    if size is None or any(place.rows > place.room for place in places):
+        return None
+    views, flat = _views(places), iter(places)
+    return Kind(size, tuple(tuple(Room(w.heads, (p := next(flat)).room, views[p]) for w in ws) for ws in state.layers))
+
+
+def _places(rooms: list[int], state: State) -> list[_Place]:
+    windows = zip(rooms, chain(*state.layers), strict=True)
+    return [_Place(room, w.base - w.start + state.filled, w.position + state.filled) for room, w in windows]
+
+
+def _views(places: list[_Place]) -> dict[_Place, int]:
+    return {place: i for i, place in enumerate(dict.fromkeys(places))}
+
+
+class Part:
+    """A kind of pass, and where it finds and leaves everything."""
+
+    def __init__(self, runner: Runner, kind: Kind, sums: GradientSums, embedded_TC: Tensor, like: Tensor) -> None:
+        """embedded_TC, like: such as passes are given, of tokens and of a window's rows."""
+        self._runner, self._kind, self._sums = runner, kind, sums
+        windows = list(chain(*kind.windows))
+        self._rooms = [room.rows for room in windows]
+        self._view_rooms = list({room.view: room.rows for room in windows}.values())
+        # Of each view: rows, and the first token's position.
+        self._where = torch.zeros((len(self._view_rooms), 2), dtype=torch.int64, device=like.device)
+        tokens, dim = kind.tokens, like.shape[-1]
+        self._embedded = embedded_TC.new_zeros((tokens, embedded_TC.shape[1])).requires_grad_()
+        # Rotated keys, and values.
+        shapes = [(len(room.heads), room.rows, dim) for room in windows for _ in range(2)]
+        self._rows = [like.new_zeros(shape).requires_grad_() for shape in shapes]
+        runner.model.rope.reserve(max(self._rooms) + tokens)
+        self._table = runner.model.rope.table  # graphs know it by its address
+        self._watched = {cell: i for i, cell in enumerate(runner.policy.watched)}
+        self._made: list[Tensor] = []
+        self._found: dict[bool, list[Tensor | None]] = {}
+        record = Recorder(like.device)
+        # Kernels that are chosen or compiled when they first run have run before it is recorded.
+        with record.apart():
+            self._forward()
+            self._given = [torch.zeros_like(made) for made in self._differentiable(self._made)]
+            self._backward(inputs_alone=False)
+        self._made, self._found = [], {}
+        self._play_forward = record(self._forward)
+        self._play_backward = {alone: record(partial(self._backward, inputs_alone=alone)) for alone in (False, True)}
+        sums.take()  # of the trial: not wanted
+
+    def __call__(self, embedded_TC: Tensor, state: State, inputs_alone: Callable[[], bool]) -> Tensor:
+        """Hidden states, [T, C]; the state's windows and queries are what they are after the pass.
+
+        inputs_alone: asked when a backward pass comes.
+        """
+        windows, tokens = list(chain(*state.layers)), len(embedded_TC)
+        before = [[x[:, w.start : w.base + state.filled] for x in (w.k_HND, w.rotated_HND, w.v_HND)] for w in windows]
+        where = torch.tensor([place[1:] for place in _views(_places(self._rooms, state))])
+        # So that a backward pass reaches the weights, whether or not it goes further.
+        tie = torch.empty((), device=embedded_TC.device, requires_grad=True)
+        seen = [x for _, rotated, v in before for x in (rotated, v)]
+        made = cast(Any, _Played).apply(self, inputs_alone, where, tie, embedded_TC, *seen)
+        after = iter(
+            Window(w.heads, *_joined(rows, made[1 + 3 * i : 4 + 3 * i]), 0, w.base - w.start, w.position)
+            for i, (w, rows) in enumerate(zip(windows, before, strict=True))
+        )
+        state.layers = [[next(after) for _ in layer] for layer in state.layers]
+        state.moved()
+        most = self._runner.policy.watched_tokens
+        latest = [q_GTD[:, :tokens] for q_GTD in made[1 + 3 * len(windows) :]]
+        earlier = state.queries or [q_GTD[:, :0] for q_GTD in latest]
+        state.queries = [
+            torch.cat([old, q_GTD], dim=1)[:, -most:].clone() for old, q_GTD in zip(earlier, latest, strict=True)
+        ]
+        return cast(Tensor, made[0])
+
+    @torch.no_grad()
+    def forward(self, where: Tensor, embedded_TC: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Play the pass; what it made of the tokens that there are, and the watched cells' queries."""
+        self._take(where, embedded_TC, rows)
+        self._play_forward()
+        made = [x[:, : len(embedded_TC)] for x in self._made[1:]]
+        return _copies([self._made[0][: len(embedded_TC)], *made])
+
+    @torch.no_grad()
+    def backward(
+        self,
+        where: Tensor,
+        embedded_TC: Tensor,
+        rows: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        *,
+        inputs_alone: bool,
+    ) -> list[Tensor | None]:
+        """Play the backward pass; gradients of the inputs."""
+        self._take(where, embedded_TC, rows)
+        torch._foreach_zero_(self._given)
+        mine = [self._given[0][: len(embedded_TC)], *(x[:, : len(embedded_TC)] for x in self._given[1:])]
+        pairs = [(x, gradient) for x, gradient in zip(mine, gradients, strict=False) if gradient is not None]
+        if pairs:
+            torch._foreach_copy_([x for x, _ in pairs], [gradient for _, gradient in pairs])
+        self._play_backward[inputs_alone]()
+        # In memory of their own: another pass of this kind may come before they are used.
+        embedded, *others = self._found[inputs_alone]
+        found = [None if embedded is None else embedded[: len(embedded_TC)]]
+        found += [None if x is None else x[:, : y.shape[1]] for x, y in zip(others, rows, strict=True)]
+        copies = iter(_copies([x for x in found if x is not None]))
+        return [None if x is None else next(copies) for x in found]
+
+    def _take(self, where: Tensor, embedded_TC: Tensor, rows: Sequence[Tensor]) -> None:
+        self._where.copy_(where)
+        places = [
+            self._embedded[: len(embedded_TC)],
+            *(x[:, : y.shape[1]] for x, y in zip(self._rows, rows, strict=True)),
+        ]
+        torch._foreach_copy_([x.detach() for x in places], [embedded_TC, *rows])
+
+    def _differentiable(self, made: list[Tensor]) -> list[Tensor]:
+        return made[: len(made) - len(self._watched)]
+
+    def _forward(self) -> None:
+        with torch.no_grad():
+            self._made = self._run()
+
+    def _backward(self, *, inputs_alone: bool) -> None:
+        inputs = [self._embedded, *self._rows]
+        with torch.enable_grad():
+            made = self._differentiable(self._run())
+            leaves = inputs if inputs_alone else [*inputs, *self._sums.parameters]
+            found = torch.autograd.grad(made, leaves, self._given, allow_unused=True)
+        self._found[inputs_alone] = list(found[: len(inputs)])
+        self._sums.add(found[len(inputs) :])
+
+    def _run(self) -> list[Tensor]:
+        """Hidden states; new keys, rotated keys and values of each window; the watched cells' queries."""
+        body = cast(nn.Module, self._runner.model.model.base_model)
+        views = [self._view(room, *where) for room, where in zip(self._view_rooms, self._where, strict=True)]
+        attend = _Attend(self._runner, self._kind, views, self._rows, self._watched)
+        made = body(inputs_embeds=self._embedded[None], use_cache=False, segcore_attend=[attend])
+        found = [made.last_hidden_state[0], *attend.rows, *(attend.queries[i] for i in range(len(self._watched)))]
+        attend.end()
+        return found
+
+    def _view(self, room: int, rows: Tensor, position: Tensor) -> _View:
+        """What a window of so much room, and so many rows, is to the pass's tokens."""
+        device, tokens = self._where.device, self._kind.tokens
+        there_TN = (torch.arange(room, device=device) < rows).expand(tokens, room)
+        earlier_TT = torch.ones((tokens, tokens), dtype=torch.bool, device=device).tril()
+        seen = torch.cat([there_TN, earlier_TT], dim=1).repeat(self._runner.model.spec.queries_per_kv_head, 1)
+        bias = torch.zeros(seen.shape, dtype=self._rows[0].dtype, device=device).masked_fill_(~seen, -math.inf)
+        positions = position + torch.arange(tokens, device=device)
+        cos, sin = (angles_ND.index_select(0, positions)[None] for angles_ND in self._table)
+        return _View(bias, cos, sin)
+
+
+class _View(NamedTuple):
+    """bias: added to scores, [G * T, N + T]. cos, sin: of the pass's positions, as the rotation takes them."""
+
+    bias: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class _Attend:
+    """Attention of a recorded pass: what it sees is given, what it makes is handed out. It may be called again."""
+
+    def __init__(
+        self, runner: Runner, kind: Kind, views: list[_View], rows: list[Tensor], watched: dict[Cell, int]
+    ) -> None:
+        self._runner, self._kind, self._views, self._watched = runner, kind, views, watched
+        given = iter(rows)
+        self._before = [[(next(given), next(given)) for _ in rooms] for rooms in kind.windows]
+        self.rows: list[Tensor] = []
+        self.queries: dict[int, Tensor] = {}
+        self._recording = True
+
+    def end(self) -> None:
+        """What it made is let go of: a layer's checkpoint holds this, and would be held by it, a cycle."""
+        self._recording, self.rows, self.queries = False, [], {}
+
+    def __call__(self, layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
+        if self._recording:
+            for head, q_GTD in enumerate(q_HGTD.detach()):
+                if (i := self._watched.get(Cell(layer, head))) is not None:
+                    self.queries[i] = q_GTD
+        rooms = list(zip(self._kind.windows[layer], self._before[layer], strict=True))
+        if len(rooms) == 1:
+            return self._see(*rooms[0], q_HGTD, k_HTD, v_HTD, scale)
+        out = torch.empty_like(q_HGTD)
+        for room, before in rooms:
+            heads = self._runner.rows_of(room.heads)
+            out[heads] = self._see(room, before, q_HGTD[heads], k_HTD[heads], v_HTD[heads], scale)
+        return out
+
+    def _see(
+        self, room: Room, before: tuple[Tensor, Tensor], q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float
+    ) -> Tensor:
+        bias, cos, sin = self._views[room.view]
+        q_XTD, rotated_HTD = self._runner.model.rope.turn(q_HGTD.flatten(0, 1), k_HTD, cos, sin)
+        if self._recording:
+            self.rows += [k_HTD, rotated_HTD, v_HTD]
+        heads, group, tokens, dim = q_HGTD.shape
+        # A KV head's queries are so many rows of one: its keys are read once, and not repeated.
+        q = q_XTD.reshape(1, heads, group * tokens, dim)
+        keys, values = (torch.cat(pair, dim=1)[None] for pair in zip(before, (rotated_HTD, v_HTD), strict=True))
+        return scaled_dot_product_attention(q, keys, values, bias, scale=scale).view(q_HGTD.shape)
+
+
+class _Played(torch.autograd.Function):
+    """A recorded pass in a graph of autograd's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        part: Part,
+        inputs_alone: Callable[[], bool],
+        where: Tensor,
+        tie: Tensor,
+        embedded_TC: Tensor,
+        *rows: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.part, ctx.inputs_alone, ctx.where = part, inputs_alone, where
+        ctx.save_for_backward(embedded_TC, *rows)
+        ctx.set_materialize_grads(False)
+        return tuple(part.forward(where, embedded_TC, rows))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        embedded_TC, *rows = ctx.saved_tensors
+        found = ctx.part.backward(ctx.where, embedded_TC, rows, gradients, inputs_alone=ctx.inputs_alone())
+        return None, None, None, None, *found
+
+
+def _joined(before: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, rotated keys and values of a window, [H, N + T, D] each."""
+    k, rotated, v = (torch.cat(pair, dim=1) for pair in zip(before, new, strict=True))
+    return k, rotated, v
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """In one launch, or few."""
+    made = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
+    if made:
+        torch._foreach_copy_(made, tensors)
+    return made
