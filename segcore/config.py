@@ -39,7 +39,12 @@ class SegmentConfig:
     @property
     def chooses_at_marks(self) -> bool:
         """Whether the prefix is chosen anew at turn marks."""
-        return True
+        return False
+
+    @property
+    def prefix_tokens(self) -> int | None:
+        """P: rows before the segment, the same for every cell; None: more and more."""
+        return None
 
     def _normalise_cells(self, *names: str) -> None:
         for name in names:
@@ -122,7 +127,6 @@ class RetrievalConfig(SegmentConfig):
 
     @property
     def prefix_tokens(self) -> int:
-        """P: rows before the segment, the same for every cell."""
         return self.sink_tokens + self.retrieved_tokens + self.reader_tail_tokens
 
 

@@ -1,4 +1,4 @@
-"""Short passes, over what turns cut off a segment, as CUDA graphs: one forward, two backward.
+"""Short passes, over parts of a segment, as CUDA graphs: one forward, two backward.
 
 A conversation is cut at each of its marks, and what is between two of them is some dozens of tokens: on a GPU such a
 pass is nothing but launches. Passes of at most so many tokens are of one kind, padded to as many, and so are the rows
@@ -56,20 +56,12 @@ class _Place(NamedTuple):
     position: int
 
 
-def rooms_of(runner: Runner) -> list[int]:
-    """Of all windows, for a full prefix and a whole segment; policies whose prefixes grow for ever outgrow them."""
-    windows = [w for layer in range(runner.model.spec.layers) for w in runner.policy.windows(layer)]
-    return [-(-(w.base + runner.config.segment_tokens) // _ALIGNED) * _ALIGNED for w in windows]
-
-
-def part_kind(rooms: list[int], state: State, tokens: int) -> Kind | None:
-    """The kind of a pass over so many tokens; None for one that there is no room for."""
-    size = next((size for size in SIZES if tokens <= size), None)
-    places = _places(rooms, state)
-    if size is None or any(place.rows > place.room for place in places):
-        return None
+def part_kind(rows: list[int], state: State, tokens: int) -> Kind:
+    """The kind of a pass over so many tokens. rows: that each window may have before it."""
+    places = _places([-(-count // _ALIGNED) * _ALIGNED for count in rows], state)
     views, flat = _views(places), iter(places)
-    return Kind(size, tuple(tuple(Room(w.heads, (p := next(flat)).room, views[p]) for w in ws) for ws in state.layers))
+    windows = tuple(tuple(Room(w.heads, (p := next(flat)).room, views[p]) for w in ws) for ws in state.layers)
+    return Kind(next(size for size in SIZES if tokens <= size), windows)
 
 
 def _places(rooms: list[int], state: State) -> list[_Place]:

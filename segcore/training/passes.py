@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from segcore.engine.runner import Runner
 from segcore.pastkv.session import SessionPast
 from segcore.state import State
 from segcore.training import parts, wholes
-from segcore.training.parts import Part, part_kind, rooms_of
+from segcore.training.parts import Part, part_kind
 from segcore.training.recorder import GradientSums
 from segcore.training.wholes import Whole, prefixes_of, take, whole_kind
 
@@ -38,7 +39,9 @@ class Passes:
     def __init__(self, runner: Runner, record: bool | None = None) -> None:
         self._runner = runner
         self._record = runner.model.spec.device.type == "cuda" if record is None else record
-        self._rooms = rooms_of(runner) if self._record else []
+        # Rows of all windows' full prefixes; what has no bounds would be masked at great length: it runs as ever.
+        layers = range(runner.model.spec.layers) if runner.config.prefix_tokens is not None else None
+        self._bases = layers and [w.base for layer in layers for w in runner.policy.windows(layer)]
         self._last: tuple[wholes.Kind | None, int] = None, 0
         self._met: Counter[parts.Kind] = Counter()
         self._wholes: dict[wholes.Kind, Whole] = {}
@@ -54,6 +57,17 @@ class Passes:
             if (part := self._part_kind(state, len(tokens_T))) is not None:
                 return self._play_part(part, tokens_T, state, past)
         return self._runner.hidden(tokens_T[None], [state], [past])[0]
+
+    def most(self, state: State, tokens: int) -> int:
+        """Of so many tokens, those of the next pass: a stream is cut alike, whatever has been recorded so far."""
+        if not self._record or self._bases is None or self._is_whole(state, tokens):
+            return tokens
+        return min(tokens, parts.SIZES[-1])
+
+    @property
+    def cut_at_marks(self) -> bool:
+        """As the engine's are, to the last bit; where passes are recorded, only if something is chosen there."""
+        return self._runner.config.chooses_at_marks or not self._record
 
     @contextmanager
     def inputs_alone(self) -> Iterator[None]:
@@ -78,10 +92,16 @@ class Passes:
         # Shards are gathered by hooks of each layer.
         return self._record and not any(isinstance(p, DTensor) for p in self._runner.model.model.parameters())
 
-    def _whole_kind(self, state: State, tokens: int) -> wholes.Kind | None:
-        """What is to be recorded, or has been."""
+    def _is_whole(self, state: State, tokens: int) -> bool:
+        """Over a whole segment, behind prefixes that are full if they ever are."""
         policy, whole = self._runner.policy, self._runner.config.segment_tokens
         if state.filled or tokens != whole or tokens < policy.watched_tokens:
+            return False
+        return self._bases is None or [w.base - w.start for w in chain(*state.layers)] == self._bases
+
+    def _whole_kind(self, state: State, tokens: int) -> wholes.Kind | None:
+        """What is to be recorded, or has been."""
+        if not self._is_whole(state, tokens):
             return None
         kind = whole_kind(state)
         last, times = self._last
@@ -89,9 +109,9 @@ class Passes:
         return kind if kind in self._wholes or self._last[1] >= _RECORDED_AT else None
 
     def _part_kind(self, state: State, tokens: int) -> parts.Kind | None:
-        kind = part_kind(self._rooms, state, tokens)
-        if kind is None:
+        if self._bases is None or tokens > parts.SIZES[-1]:
             return None
+        kind = part_kind([base + self._runner.config.segment_tokens for base in self._bases], state, tokens)
         self._met[kind] += 1
         return kind if self._met[kind] >= _RECORDED_AT else None
 

@@ -302,7 +302,7 @@ class _Unrolled:
     def _segment(self, state: State) -> Tensor:
         """F from a segment's first token to its last or the stream's; hidden states, [T, C]."""
         stream, hidden = self._stream, []
-        marks = stream.marks if self._runner.config.chooses_at_marks else ()  # others' passes needn't be cut
+        marks = stream.marks if self._passes.cut_at_marks else ()
         stop = min(state.length + self._size, len(stream.tokens_T))
         while (at := state.length) < stop:
             if at in marks:
@@ -310,6 +310,7 @@ class _Unrolled:
                 self._teacher.see(state, self._past)
             end = min((mark for mark in marks if at < mark < stop), default=stop)
             count = min(tokens_to_next_cut(state.filled, self._runner.config, self._chunk_tokens), end - at)
+            count = self._passes.most(state, count)
             hidden.append(self._passes.hidden(stream.tokens_T[at : at + count], state, self._past))
             self._runner.arrive(state, self._past, count, None)
             if state.filled == 0 or is_refresh_point(state.filled, self._runner.config):  # it has chosen

@@ -19,12 +19,16 @@ POLICIES = {
 }
 
 
-def learnt(device: str, dtype: torch.dtype, config, **options) -> tuple[float, torch.Tensor]:
-    """The loss of a stream of seven segments with two marks, and all gradients in a row."""
+# A stream of seven segments: with a mark, and as a conversation, whose passes are short.
+MARKS = {"document": (24,), "chat": (5, 20, 24, 29, 39, 50, 52, 60, 70, 77, 84, 90, 95, 100)}
+
+
+def learnt(device: str, dtype: torch.dtype, config, marks, **options) -> tuple[float, torch.Tensor]:
+    """Its loss, and all gradients in a row."""
     lm = CausalLM(tiny_model(dtype=dtype).to(device))
     lm.model.requires_grad_(True)
     trainer = SegmentedTrainer(lm, config, attention="sdpa", **options)
-    stream = TrainingStream("s", STREAM[:105], marks=(24,))
+    stream = TrainingStream("s", STREAM[:105], marks=marks)
     loss = trainer.loss_and_grad(stream, stream.valid_tokens)
     return loss.total, torch.cat([p.grad.flatten().cpu().double() for p in trainer.parameters])
 
@@ -32,9 +36,10 @@ def learnt(device: str, dtype: torch.dtype, config, **options) -> tuple[float, t
 @pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("checkpoint_layers", [False, True])
 @pytest.mark.parametrize("k", [0, 1, "all"])
+@pytest.mark.parametrize("marks", MARKS)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_gradients_are_those_of_the_host(policy, k, checkpoint_layers, record):
-    options = {"k": k, "checkpoint_layers": checkpoint_layers}
+def test_gradients_are_those_of_the_host(policy, marks, k, checkpoint_layers, record):
+    options = {"k": k, "checkpoint_layers": checkpoint_layers, "marks": MARKS[marks]}
     loss, gradient = learnt(DEVICE, torch.float32, POLICIES[policy], record=record, **options)
     exact_loss, exact = learnt("cpu", torch.float64, POLICIES[policy], **options)
     assert loss == pytest.approx(exact_loss, rel=1e-4)
