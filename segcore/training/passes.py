@@ -28,6 +28,9 @@ from segcore.training.wholes import Whole, prefixes_of, take, whole_kind
 # A kind of pass is recorded when it comes so often, of whole segments in a row: streams begin with a few that don't
 # come again, and under policies that keep everything none does.
 _RECORDED_AT = 3
+# Of models with so many parameters a pass as long as the longest part is arithmetic rather than launches: longer passes
+# run as they are, and smaller models' in parts.
+_LARGE = 10**9
 
 
 class Passes:
@@ -43,6 +46,7 @@ class Passes:
         layers = range(runner.model.spec.layers) if runner.config.prefix_tokens is not None else None
         self._bases = layers and [w.base for layer in layers for w in runner.policy.windows(layer)]
         self._last: tuple[wholes.Kind | None, int] = None, 0
+        self._is_small = sum(p.numel() for p in runner.model.model.parameters()) < _LARGE
         self._met: Counter[parts.Kind] = Counter()
         self._wholes: dict[wholes.Kind, Whole] = {}
         self._parts: dict[parts.Kind, Part] = {}
@@ -60,9 +64,8 @@ class Passes:
 
     def most(self, state: State, tokens: int) -> int:
         """Of so many tokens, those of the next pass: a stream is cut alike, whatever has been recorded so far."""
-        if not self._record or self._bases is None or self._is_whole(state, tokens):
-            return tokens
-        return min(tokens, parts.SIZES[-1])
+        in_parts = self._record and self._is_small and self._bases is not None and not self._is_whole(state, tokens)
+        return min(tokens, parts.SIZES[-1]) if in_parts else tokens
 
     @property
     def cut_at_marks(self) -> bool:
