@@ -16,7 +16,9 @@ PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 # packages, and Ray gives its own only some seconds for it.
 export PYTHONDONTWRITEBYTECODE :=
 
+AT ?=
 DOC ?=
+HIDE ?=
 KUBERAY_CRDS ?=
 PROFILE ?= cpu
 QUESTION ?=
@@ -37,7 +39,8 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup
-	$(BIN)/python examples/demo.py $(if $(DOC),--document "$(DOC)") $(if $(QUESTION),--question "$(QUESTION)")
+	$(BIN)/python examples/demo.py $(if $(DOC),--document "$(DOC)") $(if $(QUESTION),--question "$(QUESTION)") \
+	  $(if $(HIDE),--hide "$(HIDE)") $(if $(AT),--at "$(AT)")
 
 # From the system's packages: a real Redis server, and a browser to look at reports; without the latter its tests are
 # skipped, and say so.
