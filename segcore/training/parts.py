@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from segcore.config import Cell
 from segcore.engine.runner import Runner
 from segcore.state import State, Window
-from segcore.training.recorder import GradientSums, Recorder
+from segcore.training.recorder import GradientSums, RecordedAttention, Recorder
 
 # Tokens that a pass may have.
 SIZES = (128, 512)
@@ -91,7 +90,6 @@ class Part:
         self._rows = [like.new_zeros(shape).requires_grad_() for shape in shapes]
         runner.model.rope.reserve(max(self._rooms) + tokens)
         self._table = runner.model.rope.table  # graphs know it by its address
-        self._watched = {cell: i for i, cell in enumerate(runner.policy.watched)}
         self._made: list[Tensor] = []
         self._found: dict[bool, list[Tensor | None]] = {}
         record = Recorder(like.device)
@@ -173,7 +171,7 @@ class Part:
         torch._foreach_copy_([x.detach() for x in places], [embedded_TC, *rows])
 
     def _differentiable(self, made: list[Tensor]) -> list[Tensor]:
-        return made[: len(made) - len(self._watched)]
+        return made[: len(made) - len(self._runner.policy.watched)]
 
     def _forward(self) -> None:
         with torch.no_grad():
@@ -192,11 +190,9 @@ class Part:
         """Hidden states; new keys, rotated keys and values of each window; the watched cells' queries."""
         body = cast(nn.Module, self._runner.model.model.base_model)
         views = [self._view(room, *where) for room, where in zip(self._view_rooms, self._where, strict=True)]
-        attend = _Attend(self._runner, self._kind, views, self._rows, self._watched)
+        attend = _Attention(self._runner, self._kind, views, self._rows)
         made = body(inputs_embeds=self._embedded[None], use_cache=False, segcore_attend=[attend])
-        found = [made.last_hidden_state[0], *attend.rows, *(attend.queries[i] for i in range(len(self._watched)))]
-        attend.end()
-        return found
+        return [made.last_hidden_state[0], *attend.end()]
 
     def _view(self, room: int, rows: Tensor, position: Tensor) -> _View:
         """What a window of so much room, and so many rows, is to the pass's tokens."""
@@ -218,48 +214,24 @@ class _View(NamedTuple):
     sin: Tensor
 
 
-class _Attend:
-    """Attention of a recorded pass: what it sees is given, what it makes is handed out. It may be called again."""
+class _Attention(RecordedAttention[Room]):
+    """Of each window rotated keys and values before the pass are given; its own rows are made."""
 
-    def __init__(
-        self, runner: Runner, kind: Kind, views: list[_View], rows: list[Tensor], watched: dict[Cell, int]
-    ) -> None:
-        self._runner, self._kind, self._views, self._watched = runner, kind, views, watched
-        given = iter(rows)
-        self._before = [[(next(given), next(given)) for _ in rooms] for rooms in kind.windows]
-        self.rows: list[Tensor] = []
-        self.queries: dict[int, Tensor] = {}
-        self._recording = True
+    def __init__(self, runner: Runner, kind: Kind, views: list[_View], rows: list[Tensor]) -> None:
+        super().__init__(runner, kind.windows, rows)
+        self._views = views
 
-    def end(self) -> None:
-        """What it made is let go of: a layer's checkpoint holds this, and would be held by it, a cycle."""
-        self._recording, self.rows, self.queries = False, [], {}
-
-    def __call__(self, layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
-        if self._recording:
-            for head, q_GTD in enumerate(q_HGTD.detach()):
-                if (i := self._watched.get(Cell(layer, head))) is not None:
-                    self.queries[i] = q_GTD
-        rooms = list(zip(self._kind.windows[layer], self._before[layer], strict=True))
-        if len(rooms) == 1:
-            return self._see(*rooms[0], q_HGTD, k_HTD, v_HTD, scale)
-        out = torch.empty_like(q_HGTD)
-        for room, before in rooms:
-            heads = self._runner.rows_of(room.heads)
-            out[heads] = self._see(room, before, q_HGTD[heads], k_HTD[heads], v_HTD[heads], scale)
-        return out
-
-    def _see(
-        self, room: Room, before: tuple[Tensor, Tensor], q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float
+    def see(
+        self, window: Room, given: tuple[Tensor, ...], q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float
     ) -> Tensor:
-        bias, cos, sin = self._views[room.view]
-        q_XTD, rotated_HTD = self._runner.model.rope.turn(q_HGTD.flatten(0, 1), k_HTD, cos, sin)
-        if self._recording:
+        bias, cos, sin = self._views[window.view]
+        q_XTD, rotated_HTD = self.runner.model.rope.turn(q_HGTD.flatten(0, 1), k_HTD, cos, sin)
+        if self.recording:
             self.rows += [k_HTD, rotated_HTD, v_HTD]
         heads, group, tokens, dim = q_HGTD.shape
         # A KV head's queries are so many rows of one: its keys are read once, and not repeated.
         q = q_XTD.reshape(1, heads, group * tokens, dim)
-        keys, values = (torch.cat(pair, dim=1)[None] for pair in zip(before, (rotated_HTD, v_HTD), strict=True))
+        keys, values = (torch.cat(pair, dim=1)[None] for pair in zip(given, (rotated_HTD, v_HTD), strict=True))
         return scaled_dot_product_attention(q, keys, values, bias, scale=scale).view(q_HGTD.shape)
 
 

@@ -1,12 +1,20 @@
-"""CUDA graphs of a trainer's work, and the gradients of parameters that such work leaves."""
+"""CUDA graphs of a trainer's work, and what recorded passes share: their attention, and the gradients that they leave.
+
+Shapes: T tokens, H KV heads, G query heads per KV head, D head dimension.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from segcore.config import Cell
+from segcore.engine.runner import Runner
 
 
 class GradientSums:
@@ -29,6 +37,64 @@ class GradientSums:
         for total in self._sums:
             total.zero_()
         return found
+
+
+class _OfHeads(Protocol):
+    @property
+    def heads(self) -> tuple[int, ...]: ...
+
+
+Seen = TypeVar("Seen", bound=_OfHeads)
+
+
+class RecordedAttention(ABC, Generic[Seen]):
+    """Attention of a recorded pass: what it sees is given, what it makes is handed out. It may be called again.
+
+    layers: what is known of each window. given: as many tensors of each window, one window behind the other.
+    """
+
+    def __init__(self, runner: Runner, layers: Sequence[Sequence[Seen]], given: Sequence[Tensor]) -> None:
+        count = len(given) // sum(map(len, layers))
+        each = iter([tuple(given[i : i + count]) for i in range(0, len(given), count)])
+        self.runner, self.recording = runner, True
+        self.rows: list[Tensor] = []
+        self._layers = [[(window, next(each)) for window in windows] for windows in layers]
+        self._watched = {cell: i for i, cell in enumerate(runner.policy.watched)}
+        self._queries: dict[int, Tensor] = {}
+
+    def end(self) -> list[Tensor]:
+        """What was made: `rows` of all windows, and the watched cells' latest queries. It is let go of, for a layer's
+        checkpoint holds this, and would be held by it, a cycle."""
+        made = [*self.rows, *(self._queries[i] for i in range(len(self._watched)))]
+        self.recording, self.rows, self._queries = False, [], {}
+        return made
+
+    def __call__(self, layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
+        if self.recording:
+            self._watch(layer, q_HGTD.detach())
+        windows = self._layers[layer]
+        if len(windows) == 1:
+            return self.see(*windows[0], q_HGTD, k_HTD, v_HTD, scale)
+        out = torch.empty_like(q_HGTD)
+        for window, given in windows:
+            heads = self.runner.rows_of(window.heads)
+            out[heads] = self.see(window, given, q_HGTD[heads], k_HTD[heads], v_HTD[heads], scale)
+        return out
+
+    @abstractmethod
+    def see(
+        self, window: Seen, given: tuple[Tensor, ...], q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float
+    ) -> Tensor:
+        """One window's attention. If this is recording, it adds keys, rotated keys and values to `rows`."""
+
+    def watched(self, q_GTD: Tensor) -> Tensor:
+        """Which of a watched cell's queries are handed out."""
+        return q_GTD
+
+    def _watch(self, layer: int, q_HGTD: Tensor) -> None:
+        for head, q_GTD in enumerate(q_HGTD):
+            if (i := self._watched.get(Cell(layer, head))) is not None:
+                self._queries[i] = self.watched(q_GTD)
 
 
 class Recorder:

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from segcore.config import Cell
 from segcore.engine.runner import Runner
 from segcore.state import State, Window
 from segcore.training.boundary import prefix
-from segcore.training.recorder import GradientSums, Recorder
+from segcore.training.recorder import GradientSums, RecordedAttention, Recorder
 
 
 class Seen(NamedTuple):
@@ -61,7 +60,6 @@ class Whole:
     ) -> None:
         self._runner, self._kind, self._sums = runner, kind, sums
         self._inputs = [embedded_TC.requires_grad_(), *prefixes]
-        self._watched = {cell: i for i, cell in enumerate(runner.policy.watched)}
         self._made: list[Tensor] = []
         self._given: list[Tensor] = []
         self._found: dict[bool, list[Tensor | None]] = {}
@@ -113,15 +111,14 @@ class Whole:
 
     @property
     def _differentiable(self) -> list[Tensor]:
-        return self._made[: len(self._made) - len(self._watched)]
+        return self._made[: len(self._made) - len(self._runner.policy.watched)]
 
     @torch.enable_grad()
     def _forward(self) -> None:
         body = cast(nn.Module, self._runner.model.model.base_model)
-        attend = _Attend(self._runner, self._kind, self._inputs[1:], self._watched)
+        attend = _Attention(self._runner, self._kind, self._inputs[1:])
         made = body(inputs_embeds=self._inputs[0][None], use_cache=False, segcore_attend=[attend])
-        self._made = [made.last_hidden_state[0], *attend.rows, *(attend.queries[i] for i in range(len(self._watched)))]
-        attend.end()
+        self._made = [made.last_hidden_state[0], *attend.end()]
 
     def _backward(self, *, inputs_alone: bool) -> None:
         leaves = self._inputs if inputs_alone else [*self._inputs, *self._sums.parameters]
@@ -130,54 +127,21 @@ class Whole:
         self._sums.add(found[len(self._inputs) :])
 
 
-class _Attend:
-    """Attention of a recorded pass: what it sees is given, what it makes is handed out. It may be called again."""
+class _Attention(RecordedAttention[Seen]):
+    """Of each window its prefix's keys, rotated keys and values are given; rows of prefix and segment are made."""
 
-    def __init__(self, runner: Runner, kind: Kind, prefixes: list[Tensor], watched: dict[Cell, int]) -> None:
-        self._runner, self._kind, self._watched = runner, kind, watched
-        given = iter(prefixes)
-        self._prefixes = [[(next(given), next(given), next(given)) for _ in windows] for windows in kind]
-        self.rows: list[Tensor] = []
-        self.queries: dict[int, Tensor] = {}
-        self.recording = True
-
-    def end(self) -> None:
-        """What it made is let go of: a layer's checkpoint holds this, and would be held by it, a cycle."""
-        self.recording, self.rows, self.queries = False, [], {}
-
-    def __call__(self, layer: int, q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float) -> Tensor:
-        if self.recording:
-            self._watch(layer, q_HGTD)
-        windows = list(zip(self._kind[layer], self._prefixes[layer], strict=True))
-        if len(windows) == 1:
-            return self._see(*windows[0], q_HGTD, k_HTD, v_HTD, scale)
-        out = torch.empty_like(q_HGTD)
-        for window, given in windows:
-            heads = self._runner.rows_of(window.heads)
-            out[heads] = self._see(window, given, q_HGTD[heads], k_HTD[heads], v_HTD[heads], scale)
-        return out
-
-    def _see(
-        self,
-        window: Seen,
-        given: tuple[Tensor, Tensor, Tensor],
-        q_HGTD: Tensor,
-        k_HTD: Tensor,
-        v_HTD: Tensor,
-        scale: float,
+    def see(
+        self, window: Seen, given: tuple[Tensor, ...], q_HGTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, scale: float
     ) -> Tensor:
-        rotated_q, rotated_k = self._runner.model.rope(q_HGTD.flatten(0, 1), k_HTD, window.position)
+        rotated_q, rotated_k = self.runner.model.rope(q_HGTD.flatten(0, 1), k_HTD, window.position)
         k, rotated, v = given
         keys, values = torch.cat([rotated, rotated_k], dim=1), torch.cat([v, v_HTD], dim=1)
         if self.recording:
             self.rows += [torch.cat([k, k_HTD], dim=1), keys, values]
-        return self._runner.attention(rotated_q.view(q_HGTD.shape), keys, values, scale)
+        return self.runner.attention(rotated_q.view(q_HGTD.shape), keys, values, scale)
 
-    def _watch(self, layer: int, q_HGTD: Tensor) -> None:
-        for head in range(q_HGTD.shape[0]):
-            i = self._watched.get(Cell(layer, head))
-            if i is not None:
-                self.queries[i] = q_HGTD[head].detach()[:, -self._runner.policy.watched_tokens :]
+    def watched(self, q_GTD: Tensor) -> Tensor:
+        return q_GTD[:, -self.runner.policy.watched_tokens :]
 
 
 class _Played(torch.autograd.Function):
