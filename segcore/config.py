@@ -42,6 +42,11 @@ class SegmentConfig:
         return False
 
     @property
+    def reread_at_marks(self) -> int:
+        """Of the open segment's latest tokens, how many are run again once a turn mark has chosen."""
+        return 0
+
+    @property
     def prefix_tokens(self) -> int | None:
         """P: rows before the segment, the same for every cell; None: more and more."""
         return None
@@ -93,6 +98,8 @@ class RetrievalConfig(SegmentConfig):
     query_window_tokens: L_q, latest queries that do the choosing.
     refresh_tokens: choose anew every so many tokens of a segment; None: at its start and at turn marks only.
     turn_marks: choose anew at turn marks; without it a question inside a segment goes unseen by what is retrieved.
+    reread_tokens: of the open segment's latest tokens so many are run again once a turn mark has chosen, so that the
+        question, too, sees what it chose.
     selectors: the cells whose queries and keys choose.
     """
 
@@ -102,13 +109,14 @@ class RetrievalConfig(SegmentConfig):
     query_window_tokens: int = 64
     refresh_tokens: int | None = None
     turn_marks: bool = True
+    reread_tokens: int = 0
     selectors: tuple[Cell, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._normalise_cells("selectors")
         _require_at_least(self, 1, "query_window_tokens")
-        _require_at_least(self, 0, "sink_tokens", "reader_tail_tokens", "retrieved_tokens")
+        _require_at_least(self, 0, "sink_tokens", "reader_tail_tokens", "retrieved_tokens", "reread_tokens")
         self._require_sinks_fit(self.sink_tokens)
         if self.refresh_tokens is not None:
             _require_at_least(self, 1, "refresh_tokens")
@@ -124,6 +132,10 @@ class RetrievalConfig(SegmentConfig):
     @property
     def chooses_at_marks(self) -> bool:
         return self.turn_marks
+
+    @property
+    def reread_at_marks(self) -> int:
+        return self.reread_tokens
 
     @property
     def prefix_tokens(self) -> int:

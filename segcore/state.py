@@ -159,6 +159,12 @@ class State:
             self.moved()
         self.room = min(w.k_HND.shape[1] - w.base for w in windows)
 
+    def rewind(self, tokens: int) -> None:
+        """Forget the open segment's latest tokens, which are run again: their rows in windows are written anew."""
+        self.length -= tokens
+        self.filled -= tokens
+        self.queries = [q[:, :-tokens] for q in self.queries]
+
     def moved(self) -> None:
         """Windows have moved, or their prefix has changed."""
         self.version, self.room = next(_versions), 0

@@ -7,7 +7,7 @@ C hidden dimension.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -78,6 +78,10 @@ class Runner:
     ) -> Tensor:
         """What `forward` makes logits of, [width or B, T, C]."""
         self.begin_pass(tokens_BT, states, pasts)
+        return self.pass_over(tokens_BT, states, width=width)
+
+    def pass_over(self, tokens_BT: Tensor, states: Sequence[State], *, width: int = 1) -> Tensor:
+        """As `hidden`, of a pass that was written down."""
         for state in states:
             state.reserve(tokens_BT.shape[1], self.config.segment_tokens)
         padded = torch.nn.functional.pad(tokens_BT, (0, 0, 0, max(width - len(states), 0)))
@@ -106,10 +110,28 @@ class Runner:
 
     def mark(self, state: State, past: SessionPast) -> None:
         """An end of turn at the stream's end: a refresh point that doesn't close the segment (design, section 6)."""
+        self.choose_at_mark(state, past)
+        self.reread(state, past, lambda tokens_T: self.pass_over(tokens_T[None], [state]))
+
+    def choose_at_mark(self, state: State, past: SessionPast) -> None:
+        """`mark` without what it reads again."""
         past.journal.begin_mark(state)
         if state.filled and self.config.chooses_at_marks:  # where a segment starts, its close has chosen
             self.policy.refresh(state, past)
             state.moved()
+
+    def reread(self, state: State, past: SessionPast, run: Callable[[Tensor], object]) -> None:
+        """Let the latest tokens see what they chose. Nothing else tells of it: it follows from the mark.
+
+        run: passes over tokens, [T], behind the state.
+        """
+        count = min(self.config.reread_at_marks, state.filled)
+        if count and state.closed and self.config.chooses_at_marks:
+            tokens_T = torch.tensor(past.journal.tokens[state.length - count : state.length])
+            state.rewind(count)
+            run(tokens_T)
+            state.length += count
+            state.filled += count
 
     def resume(self, boundary: dict[str, Tensor], past: SessionPast) -> tuple[State, Tensor]:
         """The state after the last close of `past`, and the logits of its last token, [V]."""

@@ -55,12 +55,17 @@ class Passes:
 
     def hidden(self, tokens_T: Tensor, state: State, past: SessionPast) -> Tensor:
         """As `Runner.hidden`, of one stream; [T, C]."""
+        self._runner.begin_pass(tokens_T[None], [state], [past])
+        return self.pass_over(tokens_T, state)
+
+    def pass_over(self, tokens_T: Tensor, state: State) -> Tensor:
+        """As `Runner.pass_over`."""
         if self._may_record():
             if (whole := self._whole_kind(state, len(tokens_T))) is not None:
-                return self._play_whole(whole, tokens_T, state, past)
+                return self._play_whole(whole, tokens_T, state)
             if (part := self._part_kind(state, len(tokens_T))) is not None:
-                return self._play_part(part, tokens_T, state, past)
-        return self._runner.hidden(tokens_T[None], [state], [past])[0]
+                return self._play_part(part, tokens_T, state)
+        return self._runner.pass_over(tokens_T[None], [state])[0]
 
     def most(self, state: State, tokens: int) -> int:
         """Of so many tokens, those of the next pass: a stream is cut alike, whatever has been recorded so far."""
@@ -118,8 +123,8 @@ class Passes:
         self._met[kind] += 1
         return kind if self._met[kind] >= _RECORDED_AT else None
 
-    def _play_whole(self, kind: wholes.Kind, tokens_T: Tensor, state: State, past: SessionPast) -> Tensor:
-        embedded_TC = self._begin(tokens_T, state, past)
+    def _play_whole(self, kind: wholes.Kind, tokens_T: Tensor, state: State) -> Tensor:
+        embedded_TC = self._embedded(tokens_T)
         if kind not in self._wholes:
             prefixes = [given.detach().clone().requires_grad_() for given in prefixes_of(state)]
             sums = self._sums_for_recording()
@@ -130,16 +135,15 @@ class Passes:
         take(state, rows)
         return hidden_TC
 
-    def _play_part(self, kind: parts.Kind, tokens_T: Tensor, state: State, past: SessionPast) -> Tensor:
-        embedded_TC = self._begin(tokens_T, state, past)
+    def _play_part(self, kind: parts.Kind, tokens_T: Tensor, state: State) -> Tensor:
+        embedded_TC = self._embedded(tokens_T)
         if kind not in self._parts:
             like = state.layers[0][0].v_HND.detach()
             self._parts[kind] = Part(self._runner, kind, self._sums_for_recording(), embedded_TC.detach(), like)
         return self._parts[kind](embedded_TC, state, lambda: self._inputs_alone)
 
-    def _begin(self, tokens_T: Tensor, state: State, past: SessionPast) -> Tensor:
-        """Write a pass down, and embed its tokens, [T, C]."""
-        self._runner.begin_pass(tokens_T[None], [state], [past])
+    def _embedded(self, tokens_T: Tensor) -> Tensor:
+        """[T, C]."""
         embedding = cast(nn.Module, cast(Any, self._runner.model.model).get_input_embeddings())
         return cast(Tensor, embedding(tokens_T[None].to(self._runner.model.spec.device)))[0]
 

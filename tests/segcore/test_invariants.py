@@ -39,6 +39,7 @@ MATRIX = {
     "segmented-some-readers": tiny_segment(readers=(Cell(0, 0), Cell(1, 0), Cell(1, 1))),
     "segmented-no-sinks": tiny_segment(sink_tokens=0, reader_tail_tokens=0),
     "segmented-refreshing": tiny_segment(refresh_tokens=5),
+    "segmented-rereading": tiny_segment(reread_tokens=6),
     "segmented-long-tail": tiny_segment(segment_tokens=8, tail_tokens=20, reader_tail_tokens=12),
     "segmented-local-only": tiny_segment(retrieved_tokens=0, selectors=()),
     "segmented-paper": tiny_segment(
@@ -208,6 +209,39 @@ def test_a_mark_chooses_anew_without_closing_the_segment(tiny_lm):
     assert plain.state.filled == marked.state.filled
     deaf = run(tiny_lm, tiny_segment(turn_marks=False), STREAM, (121,))
     torch.testing.assert_close(plain.logits_TV, deaf.logits_TV, **EXACT)
+
+
+def test_what_is_read_again_at_a_mark_sees_what_it_chose(tiny_lm):
+    """Two segments are closed; the question is the open one's last six tokens."""
+    ours = run(tiny_lm, tiny_segment(reread_tokens=6), STREAM[:42])
+    runner = Runner(tiny_lm, tiny_segment(reread_tokens=6))
+    state, past = runner.begin(), PastKVManager(CacheConfig()).open_stream(runner.policy.layout)
+    for first in (0, 16, 32):
+        runner.advance(STREAM[first : min(first + 16, 42)], state, past)
+    assert torch.equal(state.retrieved_CR, ours.state.retrieved_CR)
+    runner.mark(state, past)
+    chosen = state.retrieved_CR
+    # The same with the choice before the question.
+    plain = Runner(tiny_lm, tiny_segment())
+    other, past = plain.begin(), PastKVManager(CacheConfig()).open_stream(plain.policy.layout)
+    for first, stop in ((0, 16), (16, 32), (32, 36)):
+        plain.advance(STREAM[first:stop], other, past)
+    past.decide = lambda choose: chosen
+    plain.mark(other, past)
+    plain.advance(STREAM[36:42], other, past)
+    assert (state.length, state.filled) == (other.length, other.filled) == (42, 10)
+    rows = [
+        x[:, w.start : w.base + 10]
+        for of in (state, other)
+        for ws in of.layers
+        for w in ws
+        for x in (w.k_HND, w.rotated_HND, w.v_HND)
+    ]
+    for mine, theirs in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True):
+        torch.testing.assert_close(mine, theirs, **EXACT)
+    first_reading = [w.v_HND[:, w.base + 4 : w.base + 10] for ws in ours.state.layers for w in ws]
+    again = [w.v_HND[:, w.base + 4 : w.base + 10] for ws in state.layers for w in ws]
+    assert not torch.equal(first_reading[-1], again[-1])
 
 
 @pytest.mark.parametrize("policy", [name for name, config in MATRIX.items() if isinstance(config, SegmentedConfig)])

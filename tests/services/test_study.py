@@ -264,5 +264,6 @@ def test_the_shipped_study_can_be_read(tmp_path, monkeypatch):
     trained = [name for name, arm in study.arms.items() if arm.train is not None]
     configs = {name: study.training(name) for name in trained}
     assert {config.data for name, config in configs.items() if name != "distilled"} == {configs["ours"].data}
-    assert {config.steps for config in configs.values()} == {configs["ours"].steps}
+    # But for the one that goes on where another has come to.
+    assert {config.steps for name, config in configs.items() if name != "after-full"} == {configs["ours"].steps}
     assert isinstance(configs["full"].segment_config(), FullConfig)
