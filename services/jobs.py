@@ -44,7 +44,7 @@ def _connected(address: str | None) -> JobSubmissionClient:
     while True:
         try:
             return JobSubmissionClient(address)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError) as error:
             # From the first failure on: one attempt may take longer than that by itself.
             until = min(until, time.monotonic() + PATIENCE_S)
             if not str(error).startswith(_NOT_STARTED) or time.monotonic() > until:

@@ -34,13 +34,13 @@ def answers(monkeypatch):
 
 
 def test_a_head_whose_server_came_too_late_is_asked_again(answers):
-    answers += [RuntimeError(BUSY), RuntimeError(BUSY)]
+    answers += [ConnectionAbortedError(BUSY), RuntimeError(BUSY)]
     assert SomeJobs("train", "ray://here:1", otherwise="")._client == "ray://here:1"
 
 
 def test_patience_ends_with_the_reason_in_a_line(answers, monkeypatch):
     monkeypatch.setattr(jobs, "PATIENCE_S", -1.0)
-    answers += [RuntimeError(BUSY)]
+    answers += [ConnectionAbortedError(BUSY)]
     with pytest.raises(
         Unavailable, match="at ray://here:1: Initialization failure from server: RuntimeError: too slow or"
     ):
