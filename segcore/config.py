@@ -135,7 +135,7 @@ class RetrievalConfig(SegmentConfig):
 
     @property
     def reread_at_marks(self) -> int:
-        return self.reread_tokens
+        return self.reread_tokens if self.turn_marks else 0
 
     @property
     def prefix_tokens(self) -> int:

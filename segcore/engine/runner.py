@@ -126,7 +126,7 @@ class Runner:
         run: passes over tokens, [T], behind the state.
         """
         count = min(self.config.reread_at_marks, state.filled)
-        if count and state.closed and self.config.chooses_at_marks:
+        if count and state.closed:
             tokens_T = torch.tensor(past.journal.tokens[state.length - count : state.length])
             state.rewind(count)
             run(tokens_T)

@@ -108,7 +108,7 @@ class Part:
 
         inputs_alone: asked when a backward pass comes.
         """
-        windows, tokens = list(chain(*state.layers)), len(embedded_TC)
+        windows = list(chain(*state.layers))
         before = [[x[:, w.start : w.base + state.filled] for x in (w.k_HND, w.rotated_HND, w.v_HND)] for w in windows]
         where = torch.tensor([place[1:] for place in _views(_places(self._rooms, state))])
         # So that a backward pass reaches the weights, whether or not it goes further.
@@ -122,11 +122,8 @@ class Part:
         state.layers = [[next(after) for _ in layer] for layer in state.layers]
         state.moved()
         most = self._runner.policy.watched_tokens
-        latest = [q_GTD[:, :tokens] for q_GTD in made[1 + 3 * len(windows) :]]
-        earlier = state.queries or [q_GTD[:, :0] for q_GTD in latest]
-        state.queries = [
-            torch.cat([old, q_GTD], dim=1)[:, -most:].clone() for old, q_GTD in zip(earlier, latest, strict=True)
-        ]
+        latest = zip(state.queries, made[1 + 3 * len(windows) :], strict=True)
+        state.queries = [torch.cat(pair, dim=1)[:, -most:].clone() for pair in latest]
         return cast(Tensor, made[0])
 
     @torch.no_grad()
