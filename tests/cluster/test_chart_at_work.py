@@ -25,7 +25,7 @@ from services.evaluation.run import RESULTS, Plan
 from services.training.config import TrainConfig
 from services.training.metrics import LINES, read_lines
 from tests.cluster.conftest import ROOT
-from tests.cluster.test_compose_up import Service
+from tests.cluster.test_compose_up import TOKENS, Service
 from tests.conftest import SERVED_SEGMENT
 from tests.services.cluster import Cluster, free_port, open_cluster, wait_for
 from tests.services.evaluation.conftest import values as evaluation_values
@@ -90,10 +90,10 @@ def test_the_service_answers_and_its_sessions_outlive_an_upgrade(release):
         service.upload("kept")
         before = engines(release)
         config["applications"][0]["args"]["slots"] = 5
-        assert service.ask("kept", 4)
+        assert service.ask("kept", TOKENS)
         put(http, release, config)
         wait_for(lambda: engines(release) and not engines(release) & before)
-        assert service.ask("kept", 4)
+        assert service.ask("kept", TOKENS)
         assert service.call("GET", "/v1/sessions/kept").json()["documents"][0]["finished"]
         http.delete(applications(release), timeout=60).raise_for_status()
 

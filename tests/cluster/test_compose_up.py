@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 SECRETS = ROOT / ".secrets"
-TEXT = (ROOT / "docs" / "architecture.md").read_text()[:6000].encode()
+TEXT = "".join(f"Line {i} of this text says {i * i}.\n" for i in range(200)).encode()[:6000]
 SESSIONS = [f"up-{i}-{time.time_ns()}" for i in range(6)]
 TOKENS = 100
 WAIT_S = 300
