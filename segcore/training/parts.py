@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from segcore.engine.runner import Runner
-from segcore.state import State, Window
+from segcore.state import State
 from segcore.training.recorder import GradientSums, RecordedAttention, Recorder
+from segcore.training.shelf import Shelf
 
 # Tokens that a pass may have.
 SIZES = (128, 512)
@@ -45,6 +46,10 @@ class Kind(NamedTuple):
 
     tokens: int
     windows: tuple[tuple[Room, ...], ...]
+
+    @property
+    def views(self) -> int:
+        return 1 + max(room.view for room in chain(*self.windows))
 
 
 class _Place(NamedTuple):
@@ -75,19 +80,21 @@ def _views(places: list[_Place]) -> dict[_Place, int]:
 class Part:
     """A kind of pass, and where it finds and leaves everything."""
 
-    def __init__(self, runner: Runner, kind: Kind, sums: GradientSums, embedded_TC: Tensor, like: Tensor) -> None:
+    def __init__(
+        self, runner: Runner, kind: Kind, sums: GradientSums, shelf: Shelf, embedded_TC: Tensor, like: Tensor
+    ) -> None:
         """embedded_TC, like: such as passes are given, of tokens and of a window's rows."""
-        self._runner, self._kind, self._sums = runner, kind, sums
+        self._runner, self._kind, self._sums, self._shelf = runner, kind, sums, shelf
         windows = list(chain(*kind.windows))
-        self._rooms = [room.rows for room in windows]
-        self._view_rooms = list({room.view: room.rows for room in windows}.values())
-        # Of each view: rows, and the first token's position.
-        self._where = torch.zeros((len(self._view_rooms), 2), dtype=torch.int64, device=like.device)
+        self._rooms, self._heads = [room.rows for room in windows], [len(room.heads) for room in windows]
+        self._groups = tuple(tuple(i for i, w in enumerate(windows) if w.view == view) for view in range(kind.views))
+        # Of each group: rows, and the first token's position.
+        self._where = torch.zeros((kind.views, 2), dtype=torch.int64, device=like.device)
         tokens, dim = kind.tokens, like.shape[-1]
         self._embedded = embedded_TC.new_zeros((tokens, embedded_TC.shape[1])).requires_grad_()
-        # Rotated keys, and values.
-        shapes = [(len(room.heads), room.rows, dim) for room in windows for _ in range(2)]
-        self._rows = [like.new_zeros(shape).requires_grad_() for shape in shapes]
+        # Rotated keys, and values, of each group.
+        shapes = [(sum(self._heads[i] for i in group), self._rooms[group[0]], dim) for group in self._groups]
+        self._rows = [like.new_zeros(shape).requires_grad_() for shape in shapes for _ in range(2)]
         runner.model.rope.reserve(max(self._rooms) + tokens)
         self._table = runner.model.rope.table  # graphs know it by its address
         self._made: list[Tensor] = []
@@ -108,31 +115,25 @@ class Part:
 
         inputs_alone: asked when a backward pass comes.
         """
-        windows = list(chain(*state.layers))
-        before = [[x[:, w.start : w.base + state.filled] for x in (w.k_HND, w.rotated_HND, w.v_HND)] for w in windows]
         where = torch.tensor([place[1:] for place in _views(_places(self._rooms, state))])
+        before = self._shelf.take(state, self._groups)
         # So that a backward pass reaches the weights, whether or not it goes further.
         tie = torch.empty((), device=embedded_TC.device, requires_grad=True)
-        seen = [x for _, rotated, v in before for x in (rotated, v)]
-        made = cast(Any, _Played).apply(self, inputs_alone, where, tie, embedded_TC, *seen)
-        after = iter(
-            Window(w.heads, *_joined(rows, made[1 + 3 * i : 4 + 3 * i]), 0, w.base - w.start, w.position)
-            for i, (w, rows) in enumerate(zip(windows, before, strict=True))
-        )
-        state.layers = [[next(after) for _ in layer] for layer in state.layers]
-        state.moved()
+        seen = [x for rows in before for x in (rows.rotated_HND, rows.v_HND)]
+        hidden_TC, *made = cast(Any, _Played).apply(self, inputs_alone, where, tie, embedded_TC, *seen)
+        after = [rows.and_new(made[3 * i : 3 * i + 3]) for i, rows in enumerate(before)]
+        self._shelf.put(state, self._groups, after)
         most = self._runner.policy.watched_tokens
-        latest = zip(state.queries, made[1 + 3 * len(windows) :], strict=True)
+        latest = zip(state.queries, (q_GTD.detach() for q_GTD in made[3 * len(before) :]), strict=True)
         state.queries = [torch.cat(pair, dim=1)[:, -most:].clone() for pair in latest]
-        return cast(Tensor, made[0])
+        return cast(Tensor, hidden_TC)
 
     @torch.no_grad()
     def forward(self, where: Tensor, embedded_TC: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
         """Play the pass; what it made of the tokens that there are, and the watched cells' queries."""
         self._take(where, embedded_TC, rows)
         self._play_forward()
-        made = [x[:, : len(embedded_TC)] for x in self._made[1:]]
-        return _copies([self._made[0][: len(embedded_TC)], *made])
+        return [x.clone() for x in self._of(self._made, len(embedded_TC))]
 
     @torch.no_grad()
     def backward(
@@ -147,25 +148,26 @@ class Part:
         """Play the backward pass; gradients of the inputs."""
         self._take(where, embedded_TC, rows)
         torch._foreach_zero_(self._given)
-        mine = [self._given[0][: len(embedded_TC)], *(x[:, : len(embedded_TC)] for x in self._given[1:])]
-        pairs = [(x, gradient) for x, gradient in zip(mine, gradients, strict=False) if gradient is not None]
-        if pairs:
-            torch._foreach_copy_([x for x, _ in pairs], [gradient for _, gradient in pairs])
+        for mine, gradient in zip(self._of(self._given, len(embedded_TC)), gradients, strict=False):  # none for queries
+            if gradient is not None:
+                mine.copy_(gradient)
         self._play_backward[inputs_alone]()
         # In memory of their own: another pass of this kind may come before they are used.
         embedded, *others = self._found[inputs_alone]
         found = [None if embedded is None else embedded[: len(embedded_TC)]]
         found += [None if x is None else x[:, : y.shape[1]] for x, y in zip(others, rows, strict=True)]
-        copies = iter(_copies([x for x in found if x is not None]))
-        return [None if x is None else next(copies) for x in found]
+        return [None if x is None else x.clone() for x in found]
 
     def _take(self, where: Tensor, embedded_TC: Tensor, rows: Sequence[Tensor]) -> None:
         self._where.copy_(where)
-        places = [
-            self._embedded[: len(embedded_TC)],
-            *(x[:, : y.shape[1]] for x, y in zip(self._rows, rows, strict=True)),
-        ]
-        torch._foreach_copy_([x.detach() for x in places], [embedded_TC, *rows])
+        self._embedded.detach()[: len(embedded_TC)].copy_(embedded_TC)
+        for mine, given in zip(self._rows, rows, strict=True):
+            mine.detach()[:, : given.shape[1]].copy_(given)
+
+    def _of(self, made: list[Tensor], tokens: int) -> list[Tensor]:
+        """Of what a pass makes of so many tokens as it has room for: hidden states, and rows."""
+        hidden_TC, *rows = made
+        return [hidden_TC[:tokens], *(x[:, :tokens] for x in rows)]
 
     def _differentiable(self, made: list[Tensor]) -> list[Tensor]:
         return made[: len(made) - len(self._runner.policy.watched)]
@@ -184,12 +186,24 @@ class Part:
         self._sums.add(found[len(inputs) :])
 
     def _run(self) -> list[Tensor]:
-        """Hidden states; new keys, rotated keys and values of each window; the watched cells' queries."""
+        """Hidden states; new keys, rotated keys and values of each group; the watched cells' queries."""
         body = cast(nn.Module, self._runner.model.model.base_model)
-        views = [self._view(room, *where) for room, where in zip(self._view_rooms, self._where, strict=True)]
-        attend = _Attention(self._runner, self._kind, views, self._rows)
+        rooms = [self._rooms[group[0]] for group in self._groups]
+        views = [self._view(room, *where) for room, where in zip(rooms, self._where, strict=True)]
+        attend = _Attention(self._runner, self._kind, views, self._by_window())
         made = body(inputs_embeds=self._embedded[None], use_cache=False, segcore_attend=[attend])
-        return [made.last_hidden_state[0], *attend.end()]
+        new = attend.end()
+        rows = [torch.cat([new[3 * i + x] for i in group]) for group in self._groups for x in range(3)]
+        return [made.last_hidden_state[0], *rows, *new[3 * len(self._heads) :]]
+
+    def _by_window(self) -> list[Tensor]:
+        """Rotated keys and values of each window, one window behind the other."""
+        given: dict[int, tuple[Tensor, ...]] = {}
+        pairs = zip(self._rows[::2], self._rows[1::2], strict=True)
+        for group, pair in zip(self._groups, pairs, strict=True):
+            heads = [self._heads[i] for i in group]
+            given |= zip(group, zip(*(x.split(heads) for x in pair), strict=True), strict=True)
+        return [x for i in range(len(given)) for x in given[i]]
 
     def _view(self, room: int, rows: Tensor, position: Tensor) -> _View:
         """What a window of so much room, and so many rows, is to the pass's tokens."""
@@ -255,17 +269,3 @@ class _Played(torch.autograd.Function):
         embedded_TC, *rows = ctx.saved_tensors
         found = ctx.part.backward(ctx.where, embedded_TC, rows, gradients, inputs_alone=ctx.inputs_alone())
         return None, None, None, None, *found
-
-
-def _joined(before: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, rotated keys and values of a window, [H, N + T, D] each."""
-    k, rotated, v = (torch.cat(pair, dim=1) for pair in zip(before, new, strict=True))
-    return k, rotated, v
-
-
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """In one launch, or few."""
-    made = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors]
-    if made:
-        torch._foreach_copy_(made, tensors)
-    return made

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from segcore.state import State
 from segcore.training import parts, wholes
 from segcore.training.parts import Part, part_kind
 from segcore.training.recorder import GradientSums
+from segcore.training.shelf import Shelf
 from segcore.training.wholes import Whole, prefixes_of, take, whole_kind
 
 # A kind of pass is recorded when it comes so often, of whole segments in a row: streams begin with a few that don't
@@ -50,6 +52,7 @@ class Passes:
         self._met: Counter[parts.Kind] = Counter()
         self._wholes: dict[wholes.Kind, Whole] = {}
         self._parts: dict[parts.Kind, Part] = {}
+        self._shelf = Shelf()
         self._sums: GradientSums | None = None
         self._inputs_alone = False
 
@@ -60,11 +63,12 @@ class Passes:
 
     def pass_over(self, tokens_T: Tensor, state: State) -> Tensor:
         """As `Runner.pass_over`."""
-        if self._may_record():
+        if self._may_record:
             if (whole := self._whole_kind(state, len(tokens_T))) is not None:
                 return self._play_whole(whole, tokens_T, state)
             if (part := self._part_kind(state, len(tokens_T))) is not None:
                 return self._play_part(part, tokens_T, state)
+        self._shelf.clear()  # windows change, or will
         return self._runner.pass_over(tokens_T[None], [state])[0]
 
     def most(self, state: State, tokens: int) -> int:
@@ -93,9 +97,11 @@ class Passes:
 
     def collect(self) -> None:
         """Add the gradients that recorded passes left to the parameters' `.grad`, as a backward pass does."""
+        self._shelf.clear()
         if self._sums is not None:
             torch.autograd.backward(self._sums.parameters, self._sums.take())
 
+    @cached_property
     def _may_record(self) -> bool:
         # Shards are gathered by hooks of each layer.
         return self._record and not any(isinstance(p, DTensor) for p in self._runner.model.model.parameters())
@@ -139,7 +145,8 @@ class Passes:
         embedded_TC = self._embedded(tokens_T)
         if kind not in self._parts:
             like = state.layers[0][0].v_HND.detach()
-            self._parts[kind] = Part(self._runner, kind, self._sums_for_recording(), embedded_TC.detach(), like)
+            sums = self._sums_for_recording()
+            self._parts[kind] = Part(self._runner, kind, sums, self._shelf, embedded_TC.detach(), like)
         return self._parts[kind](embedded_TC, state, lambda: self._inputs_alone)
 
     def _embedded(self, tokens_T: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class Whole:
         made = cast(Any, _Played).apply(self, inputs_alone, tie, embedded_TC, *prefixes)
         windows = sum(map(len, self._kind))
         rows = [tuple(made[1 + 3 * i : 4 + 3 * i]) for i in range(windows)]
-        return made[0], list(made[1 + 3 * windows :]), rows
+        return made[0], [q_GTD.detach() for q_GTD in made[1 + 3 * windows :]], rows
 
     @torch.no_grad()
     def forward(self, given: Sequence[Tensor]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from segcore.errors import BlockMismatch, ConfigError, InvalidInput
 from segcore.model import CausalLM
 from segcore.policies.segmented import SegmentedPolicy
 from segcore.retrieval.query_maps import QueryMaps
+from segcore.training import passes
 from segcore.training.lora import add_lora, load_adapter, save_adapter
 from segcore.training.optimizer import MasterOptimizer
 from segcore.training.selectors import Spans, attention_mass, choice_points, lessons_by_attention, lessons_of
@@ -96,6 +98,24 @@ def test_the_loss_and_its_gradient_are_those_of_the_scores_that_choose(lm, k, in
     assert recall > 0
     torch.testing.assert_close(ours, lm.query_maps.change_CGDD.grad, rtol=0, atol=1e-12)
     assert ours.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("k", [0, 1, "all"])
+def test_recorded_passes_teach_them_the_same(lm, monkeypatch, k):
+    """Queries of passes between marks, and of whole segments: they carry no gradient there, either."""
+    monkeypatch.setattr(passes, "_RECORDED_AT", 1)
+    add_lora(lm)
+    found = []
+    for record in (False, True):
+        trainer = SegmentedTrainer(lm, SEGMENT, k=k, selector_weight=0.5, record=record)
+        losses = [trainer.loss_and_grad(STREAM_WITH_LABELS, 100) for _ in range(2)]
+        found.append((losses, [p.grad.clone() for p in trainer.parameters]))
+        for p in trainer.parameters:
+            p.grad = None
+    (expected_losses, expected), (losses, ours) = found
+    for ours_of, expected_of in zip(losses, expected_losses, strict=True):
+        assert astuple(ours_of.selectors) == pytest.approx(astuple(expected_of.selectors), rel=1e-12)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
 def test_what_chooses_at_no_marks_learns_at_segments_starts(lm):
