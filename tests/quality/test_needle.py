@@ -23,8 +23,8 @@ from segcore.errors import SegcoreError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-STREAMS = {3500: 3, 5900: 1}  # how many, by length in tokens
-NEEDLES = 2  # in each
+STREAMS = {3500: 1, 5300: 1}  # how many, by length in tokens
+NEEDLES = 3  # in each
 INTRODUCTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it."
     " I will quiz you about the numbers afterwards.\n"
@@ -141,4 +141,4 @@ def test_retrieval_finds_needles_that_local_cells_cannot_see(model):
     with_past = found(model, preset)
     local_only = found(model, dataclasses.replace(preset, retrieved_tokens=0, selectors=()))
     assert local_only <= 1
-    assert with_past >= local_only + 4, f"found {with_past} with retrieval, {local_only} with local cells alone"
+    assert with_past >= local_only + 3, f"found {with_past} with retrieval, {local_only} with local cells alone"
