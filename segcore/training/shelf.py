@@ -36,11 +36,13 @@ class Shelf:
     """The windows of a state between two short passes of a segment."""
 
     def __init__(self) -> None:
-        self.clear()
+        self._version = -1
+        self._groups: Groups = ()
+        self._rows: list[Rows] = []
 
     def clear(self) -> None:
         """What is here isn't wanted any more, or may not be what the windows hold."""
-        self._version, self._groups, self._rows = -1, Groups(), list[Rows]()
+        self._version, self._rows = -1, []
 
     def take(self, state: State, groups: Groups) -> list[Rows]:
         """Of each group all rows, prefixes and the open segment."""
