@@ -24,6 +24,7 @@ from segcore.training.selectors import Spans, attention_mass, choice_points, les
 from segcore.training.stream import IGNORED, TrainingStream
 from segcore.training.tbptt import SegmentedTrainer
 from tests.conftest import tiny_model, tiny_segment
+from tests.segcore.played import play_recordings
 from tests.segcore.test_invariants import STREAM
 from tests.segcore.unrolled import Serving
 
@@ -104,6 +105,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_scores_that_choose(lm, k, in
 def test_recorded_passes_teach_them_the_same(lm, monkeypatch, k):
     """Queries of passes between marks, and of whole segments: they carry no gradient there, either."""
     monkeypatch.setattr(passes, "_RECORDED_AT", 1)
+    play_recordings(monkeypatch)
     add_lora(lm)
     found = []
     for record in (False, True):

@@ -1,4 +1,7 @@
-"""Recorded passes of a trainer: the same gradients as unrecorded ones, in fp64, for every policy. Graphs: tests/gpu."""
+"""Recorded passes of a trainer: the same gradients as unrecorded ones, in fp64, for every policy.
+
+Recordings are played as CUDA graphs are, on a CPU; CUDA's own are for tests/gpu.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import pytest
 from segcore.training import parts, passes
 from segcore.training.stream import TrainingStream
 from segcore.training.tbptt import SegmentedTrainer
+from tests.segcore.played import play_recordings
 from tests.segcore.test_invariants import MATRIX, STREAM
 from tests.segcore.unrolled import assert_same_gradients, gradients_of, trained_model
 
@@ -24,6 +28,11 @@ GROWING = ("full", "longgen", "duo", "lagkv")
 @pytest.fixture(scope="module")
 def lm():
     return trained_model()
+
+
+@pytest.fixture(autouse=True)
+def played(monkeypatch):
+    return play_recordings(monkeypatch)
 
 
 def gradients(lm, trainer, *, stream=TEXT, times=1):
