@@ -68,7 +68,7 @@ class Passes:
                 return self._play_whole(whole, tokens_T, state)
             if (part := self._part_kind(state, len(tokens_T))) is not None:
                 return self._play_part(part, tokens_T, state)
-        self._shelf.clear()  # windows change, or will
+        self._shelf.clear()  # rows may be written where others were: no new version tells of it
         return self._runner.pass_over(tokens_T[None], [state])[0]
 
     def most(self, state: State, tokens: int) -> int:

@@ -50,16 +50,13 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
-def play_recordings(monkeypatch: pytest.MonkeyPatch) -> list[_Tape]:
-    """From now on; returns what is recorded."""
-    tapes: list[_Tape] = []
+def play_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on."""
 
     def record(_: Recorder, work: Callable[[], None]) -> Callable[[], None]:
         with _Tape() as tape:
             work()
-        tapes.append(tape)
         return tape.play
 
     monkeypatch.setattr(Recorder, "__call__", record)
     monkeypatch.setattr(Recorder, "plays", True)
-    return tapes

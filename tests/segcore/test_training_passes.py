@@ -6,7 +6,9 @@ Recordings are played as CUDA graphs are, on a CPU; CUDA's own are for tests/gpu
 from __future__ import annotations
 
 import pytest
+import torch
 
+from segcore.engine.runner import Runner
 from segcore.training import parts, passes
 from segcore.training.stream import TrainingStream
 from segcore.training.tbptt import SegmentedTrainer
@@ -31,8 +33,8 @@ def lm():
 
 
 @pytest.fixture(autouse=True)
-def played(monkeypatch):
-    return play_recordings(monkeypatch)
+def _played(monkeypatch):
+    play_recordings(monkeypatch)
 
 
 def gradients(lm, trainer, *, stream=TEXT, times=1):
@@ -63,6 +65,24 @@ def test_turns_that_are_recorded_give_the_same_gradients(lm, monkeypatch, policy
     assert policy.startswith(GROWING) or {kind.tokens for kind in trainer._passes._parts} == set(sizes)
     assert losses == pytest.approx(expected_losses, rel=1e-12)
     assert_same_gradients(ours, expected)
+
+
+def test_recorded_passes_see_what_others_wrote_between_them(lm, monkeypatch):
+    """Tokens that run again, where there is room for them already, leave a state's version as it is."""
+
+    def hidden(recorded: set[int]) -> torch.Tensor:
+        runner = Runner(lm, MATRIX["segmented"])
+        ours, state = passes.Passes(runner, record=True), runner.begin()
+        for i, tokens_T in enumerate((STREAM[:5], STREAM[11:15], STREAM[5:10])):
+            monkeypatch.setattr(passes, "_RECORDED_AT", 1 if i in recorded else 99)
+            if i == 1:
+                state.rewind(len(tokens_T))
+            out = ours.pass_over(tokens_T, state)
+            state.length += len(tokens_T)
+            state.filled += len(tokens_T)
+        return out.detach()
+
+    torch.testing.assert_close(hidden({0, 2}), hidden(set()), rtol=0, atol=1e-12)
 
 
 def test_a_kind_that_comes_again_and_again_is_recorded_once(lm, monkeypatch):
