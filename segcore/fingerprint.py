@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from segcore.config import SegmentConfig
 
-# Raised whenever the meaning of a block's bytes changes.
-LAYOUT_VERSION = 1
+# Raised whenever the meaning of a block's bytes changes, or what they are made from: which tokens a segment has seen.
+LAYOUT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

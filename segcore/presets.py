@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from segcore.adapter import CARD
+from segcore.adapter import CARD, Adapter
 from segcore.config import Cell, SegmentConfig, SegmentedConfig, segment_config
 from segcore.errors import ConfigError
 from segcore.heads.gates import read_report
@@ -19,6 +19,12 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 
 # Models whose cells were searched with `segcore heads`; for others it takes some minutes.
 SHIPPED_HEADS = {DEFAULT_MODEL: Path(__file__).parent / "data" / "heads" / f"{DEFAULT_MODEL}.json"}
+
+# Adapters that are part of the package: what a model is served with, unless another is named, or none.
+SHIPPED_ADAPTERS = {DEFAULT_MODEL: Path(__file__).parent / "data" / "adapters" / DEFAULT_MODEL}
+
+# So many of a question's tokens see what it chose (docs/lab-log.md, "what reading again is worth").
+REREAD_TOKENS = 64
 
 # The heads of Llama-2-7B, 32 layers of 32, that look back (arXiv 2605.11744): its best 16 retrieval heads by index, and
 # the layers that read. The paper's text has layer 18 for 16; its code, and the model's best retrieval heads, have 16.
@@ -36,8 +42,9 @@ def segment_preset(model: str, name: str = "default") -> SegmentConfig:
     if name == "default":
         if (Path(model) / CARD).is_file():
             return read_card(Path(model) / CARD)
-        plain = SegmentedConfig()
-        return HeadsReport.read(SHIPPED_HEADS[model]).apply(plain) if model in SHIPPED_HEADS else plain
+        if model in SHIPPED_HEADS:
+            return HeadsReport.read(SHIPPED_HEADS[model]).apply(SegmentedConfig(reread_tokens=REREAD_TOKENS))
+        return SegmentedConfig()
     if name != "paper":
         raise ConfigError(f"unknown preset {name!r}; known: default, paper")
     if PAPER_MODEL not in model.lower():
@@ -45,20 +52,33 @@ def segment_preset(model: str, name: str = "default") -> SegmentConfig:
     return paper_preset()
 
 
+def find_adapter(model: str, adapter: str | Path | None) -> Adapter | None:
+    """A model's adapter by name: "default", the one that is shipped for it, if any; "none", or None; or a directory.
+
+    Raises NotFound, ConfigError.
+    """
+    if adapter == "default":
+        adapter = SHIPPED_ADAPTERS.get(model)
+    return None if adapter is None or adapter == "none" else Adapter.read(adapter)
+
+
 def model_segment(
     model: str,
     options: Mapping[str, Any],
     *,
     preset: str = "default",
+    adapter: str | Path | None = None,
     trained: SegmentConfig | None = None,
     heads: Path | None = None,
 ) -> SegmentConfig:
     """A preset with some options changed, or a policy's defaults with them.
 
-    options: "policy", and what differs from the preset or from the policy's defaults. trained: what the model's adapter
-    was trained with; it comes before the model's preset. heads: a file of `segcore heads`, or of learned gates,
-    whose cells take the place of the preset's. Raises ConfigError.
+    options: "policy", and what differs from the preset or from the policy's defaults. adapter: as `find_adapter` takes
+    it; what it was trained with, or else `trained`, comes before the model's preset. heads: a file of `segcore heads`,
+    or of learned gates, whose cells take the place of the preset's. Raises NotFound, ConfigError.
     """
+    found = find_adapter(model, adapter)
+    trained = trained if found is None else found.segment
     presets = [*([] if trained is None else [trained]), segment_preset(model, preset)]
     changed = dict(options)
     policy = changed.pop("policy", presets[0].policy)

@@ -26,7 +26,7 @@ from segcore.errors import ConfigError, NotFound, UnsupportedModel
 from segcore.merging import check_base, merge_adapter
 from segcore.model import CausalLM
 from segcore.packed import pack_linears
-from segcore.presets import DEFAULT_MODEL, cache_directory
+from segcore.presets import DEFAULT_MODEL, cache_directory, find_adapter
 from segcore.retrieval.query_maps import QueryMaps
 from segcore.text import ChatFormat, TextTokenizer
 from segcore.threads import apart
@@ -71,13 +71,14 @@ def load_model(
     name: DEFAULT_MODEL, a local directory (safetensors), a .gguf file, or a hub id. dtype: a key of DTYPES, or "auto":
     bfloat16 where the device computes in it, else float32. device: a torch device, or "auto": the GPU if there is one.
     trainable: every weight asks for gradients; otherwise the model is for inference alone. adapter: the directory of
-    one, that training or peft wrote for this model; it is merged into the weights.
+    one, that training or peft wrote for this model, or "default", the one that is shipped for it, if any; it is merged
+    into the weights.
     Raises NotFound, UnsupportedModel, ConfigError.
     """
     target = _device(device)
     wanted = choose_dtype(dtype, target)
-    read = None if adapter is None else Adapter.read(adapter)
-    return apart(partial(_load, name, wanted, target, trainable, read))
+    found = find_adapter(name, adapter)
+    return apart(partial(_load, name, wanted, target, trainable, found))
 
 
 def _load(name: str, dtype: torch.dtype, device: torch.device, trainable: bool, adapter: Adapter | None) -> LoadedModel:

@@ -25,8 +25,8 @@ class IndexSpec:
     """What an index is made for.
 
     block: tokens of a block. device_budget_bytes: what the index may hold on `device`; beyond it, it lives in host
-    memory and is streamed. On a CPU both are the same memory, counted apart. recall: where indexes that can miss count
-    what they find.
+    memory and is streamed. On a CPU both are the same memory, counted apart. oversampling: blocks that are judged for
+    each to be chosen. recall: where indexes that can miss count what they find.
     """
 
     selectors: int
@@ -35,6 +35,7 @@ class IndexSpec:
     device: torch.device
     block: int
     device_budget_bytes: int = 2**30
+    oversampling: int = 16
     recall: Recall = field(default_factory=Recall, compare=False)
 
 
@@ -61,7 +62,8 @@ class KeyIndex(ABC):
     def search(self, queries_CGWD: Sequence[Tensor], *, first: int, stop: int, tokens: int, block: int) -> Tensor:
         """positions_R: the positions in [first, stop) of the retrieved prefix, ascending, int64 on the device.
 
-        queries_CGWD: one window per selector. The contract is that of `choose_blocks` over the scores of the past.
+        queries_CGWD: one window per selector. Chosen as by `choose_blocks`, from the tokens' shares (`log_shares`) of
+        the nominated blocks; of a short stream that is all of them.
         """
         assert block == self._spec.block, (block, self._spec.block)
         assert stop <= self.length, (stop, self.length)
@@ -69,6 +71,19 @@ class KeyIndex(ABC):
             return torch.empty(0, dtype=torch.long, device=self._spec.device)
         queries = [q.detach().to(self._spec.device) for q in queries_CGWD]
         return self._search(queries, first=first, stop=stop, tokens=tokens)
+
+    def _all_nominated(self, *, first: int, stop: int, tokens: int) -> Tensor | None:
+        """The indices of all blocks that hold a candidate, if they are few enough to be judged."""
+        blocks = range(first // self._spec.block, -(-stop // self._spec.block))
+        return (
+            torch.arange(blocks.start, blocks.stop, device=self._spec.device)
+            if len(blocks) <= self._most(tokens)
+            else None
+        )
+
+    def _most(self, tokens: int) -> int:
+        """How many blocks are judged. Both ends of the candidates may cut one."""
+        return self._spec.oversampling * -(-tokens // self._spec.block) + 2
 
     @abstractmethod
     def keys(self, numbers_per_key: int) -> Iterator[Tensor]:

@@ -1,6 +1,12 @@
 """Choosing the retrieved prefix: which past tokens the reader cells see next (design, section 6, `global`).
 
-Shapes: G query heads of a selector, W tokens of the query window, N past tokens, B blocks, D head dimension.
+In two steps. By their largest dot products some blocks are nominated, several for each that is chosen. Of these, tokens
+are judged by the shares of attention that the window's queries would pay them: a query that likes every key somewhat,
+as most of a question's words do, says nothing so, and one that knows what it looks for decides. Largest products
+alone miss every third fact in 30,000 tokens (docs/lab-log.md, "judging by shares").
+
+Shapes: C selectors, G query heads of a selector, W tokens of the query window, N past tokens, n some of them, B blocks,
+b tokens of a block, D head dimension.
 """
 
 from __future__ import annotations
@@ -75,18 +81,42 @@ def top_blocks(best_B: Tensor, blocks: int) -> Tensor:
     return good[torch.sort(best_B[good], descending=True, stable=True).indices[:blocks]]
 
 
+def lend(best_B: Tensor) -> Tensor:
+    """Blocks' scores, with what neighbours lend; a block without a candidate never wins, whoever its neighbours are."""
+    lent_B = best_B.clone()
+    lent_B[1:] = torch.maximum(lent_B[1:], best_B[:-1] - NEIGHBOUR_MARGIN)
+    lent_B[:-1] = torch.maximum(lent_B[:-1], best_B[1:] - NEIGHBOUR_MARGIN)
+    return lent_B.masked_fill_(best_B == -torch.inf, -torch.inf)
+
+
+def nominate(best_B: Tensor, blocks: int) -> Tensor:
+    """The indices of the blocks that are judged, ascending."""
+    return top_blocks(lend(best_B), blocks).sort().values
+
+
+def log_shares(queries_CGWD: Sequence[Tensor], keys_CnD: Tensor, candidate_n: Tensor, scale: float) -> Tensor:
+    """Log shares_n of candidates, -inf for the others: the sum, over the selectors' query heads, of the largest share
+    that a query of the window gives to a token, of all that it gives to candidates; in fp32 (fp64 for fp64 models),
+    before RoPE.
+
+    As logarithms, so that none vanishes, however small, and blocks can be put in order.
+    """
+    wide = torch.promote_types(queries_CGWD[0].dtype, torch.float32)
+    largest = []
+    for q_GWD, keys_nD in zip(queries_CGWD, keys_CnD, strict=True):
+        scores_GWn = q_GWD.to(wide) @ keys_nD.to(wide).T * scale
+        shares_GWn = scores_GWn.masked_fill_(~candidate_n, -torch.inf).log_softmax(dim=-1)
+        largest.append(shares_GWn.amax(dim=1))
+    return torch.cat(largest).logsumexp(dim=0)
+
+
 def choose_positions(best_B: Tensor, *, first: int, stop: int, tokens: int, block: int) -> Tensor:
     """The positions in [first, stop) of the chosen blocks, ascending; see `choose_blocks`.
 
     How many they are follows from the arguments alone, so that a GPU needn't be waited for.
     """
-    lent_B = best_B.clone()
-    lent_B[1:] = torch.maximum(lent_B[1:], best_B[:-1] - NEIGHBOUR_MARGIN)
-    lent_B[:-1] = torch.maximum(lent_B[:-1], best_B[1:] - NEIGHBOUR_MARGIN)
-    # A block without a candidate never wins, whoever its neighbours are.
-    lent_B.masked_fill_(best_B == -torch.inf, -torch.inf)
     # Both ends may cut a block.
-    order = top_blocks(lent_B, -(-tokens // block) + 2)
+    order = top_blocks(lend(best_B), -(-tokens // block) + 2)
     positions = (order[:, None] * block + torch.arange(block, device=order.device)).flatten()
     candidates = (positions >= first) & (positions < stop)
     chosen = candidates & (candidates.cumsum(dim=0) <= tokens)

@@ -1,4 +1,4 @@
-"""The oracle: every key as it came, scored exactly."""
+"""The oracle: every key as it came, nominated by its exact score."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from segcore.retrieval.base import KeyIndex
-from segcore.retrieval.choose import best_of_blocks, choose_positions, score_pieces, score_tokens
+from segcore.retrieval.choose import best_of_blocks, choose_positions, log_shares, nominate, score_pieces
 from segcore.retrieval.pages import PAGE_ROWS, Pages
 
 
@@ -30,13 +30,17 @@ class ExhaustiveIndex(KeyIndex):
     def allocated(self) -> list[Tensor]:
         return self._keys.allocated if self._segment else []
 
-    def best_of(self, queries_CGWD: Sequence[Tensor], blocks_B: Tensor, *, first: int, stop: int) -> Tensor:
-        """best_B of some blocks only, each of which holds a token in [first, stop); see `best_of_blocks`."""
-        positions_Bb = blocks_B[:, None] * self._spec.block + torch.arange(self._spec.block, device=blocks_B.device)
-        # Tokens that are no candidates give way to one of the same block that is.
-        keys_CnD = self._gather(positions_Bb.clamp(first, stop - 1).flatten())
-        scores_n = score_tokens(queries_CGWD, [keys_CnD], self._spec.head_dim**-0.5)
-        return scores_n.view(-1, self._spec.block).amax(dim=1)
+    def judge(self, queries_CGWD: Sequence[Tensor], blocks_B: Tensor, *, first: int, stop: int, tokens: int) -> Tensor:
+        """positions_R of the best of some blocks, ascending, each of which holds a token in [first, stop)."""
+        spec = self._spec
+        positions_n = (blocks_B[:, None] * spec.block + torch.arange(spec.block, device=blocks_B.device)).flatten()
+        candidate_n = (positions_n >= first) & (positions_n < stop)
+        # What is no candidate still has a key to gather.
+        keys_CnD = self._gather(positions_n.clamp(first, stop - 1))
+        shares_n = log_shares(queries_CGWD, keys_CnD, candidate_n, spec.head_dim**-0.5)
+        best_B = shares_n.new_full((-(-stop // spec.block),), -torch.inf)
+        best_B = best_B.index_copy(0, blocks_B, shares_n.view(-1, spec.block).amax(dim=1))
+        return choose_positions(best_B, first=first, stop=stop, tokens=tokens, block=spec.block)
 
     def _start(self) -> None:
         spec, shape = self._spec, (self._spec.selectors, self._segment, self._spec.head_dim)
@@ -48,9 +52,12 @@ class ExhaustiveIndex(KeyIndex):
         self._keys.append(keys_CND)
 
     def _search(self, queries_CGWD: Sequence[Tensor], *, first: int, stop: int, tokens: int) -> Tensor:
-        scores = score_pieces(queries_CGWD, self.keys(queries_CGWD[0].shape[:2].numel()), self._spec.head_dim**-0.5)
-        best_B = best_of_blocks(scores, first=first, stop=stop, block=self._spec.block)
-        return choose_positions(best_B, first=first, stop=stop, tokens=tokens, block=self._spec.block)
+        blocks_B = self._all_nominated(first=first, stop=stop, tokens=tokens)
+        if blocks_B is None:
+            scores = score_pieces(queries_CGWD, self.keys(queries_CGWD[0].shape[:2].numel()), self._spec.head_dim**-0.5)
+            best_B = best_of_blocks(scores, first=first, stop=stop, block=self._spec.block)
+            blocks_B = nominate(best_B, self._most(tokens))
+        return self.judge(queries_CGWD, blocks_B, first=first, stop=stop, tokens=tokens)
 
     def _truncate(self, segments: int) -> None:
         self._keys.truncate(segments)

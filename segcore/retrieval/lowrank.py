@@ -2,8 +2,8 @@
 
 Keys of a selector vary in few directions (of SmolLM2's 64, 24 hold 99% of what queries see of them). Each segment is
 written in the directions of its own keys, so that nothing learned from one text is asked to fit another; no state
-passes from segment to segment. Estimates from these codes name the best blocks, `oversampling` for each to be chosen;
-their exact keys, in host memory, are then scored as the oracle does. A short stream is all candidates: exact.
+passes from segment to segment. Estimates from these codes nominate blocks; their exact keys, in host memory, are then
+judged as the oracle's are. Of a short stream all are: exact.
 
 Shapes: P segments of a page, C selectors, G query heads of a selector, W tokens of the query window, M = G * W,
 N tokens of a segment, D head dimension, K rank, B blocks.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from segcore.retrieval.base import IndexSpec, KeyIndex
-from segcore.retrieval.choose import best_of_blocks, choose_positions, top_blocks
+from segcore.retrieval.choose import best_of_blocks, nominate
 from segcore.retrieval.exhaustive import ExhaustiveIndex
 from segcore.retrieval.pages import Pages
 from segcore.retrieval.reached import ReachedIndex, can_reach
@@ -29,19 +29,15 @@ ITERATIONS = 8
 
 
 class LowRankIndex(KeyIndex):
-    """Holds about `selectors * 3/8 head_dim` bytes a token on the device, and the exact keys in host memory.
-
-    oversampling: candidate blocks for each block to be chosen; a stream of no more blocks is searched exactly.
-    """
+    """Holds about `selectors * 3/8 head_dim` bytes a token on the device, and the exact keys in host memory."""
 
     _codes: Pages  # rows [C, K, N], int8
     _decoders: Pages  # rows [C, D, K]
 
-    def __init__(self, spec: IndexSpec, *, oversampling: int = 8) -> None:
+    def __init__(self, spec: IndexSpec) -> None:
         super().__init__(spec)
         exact = ReachedIndex if can_reach(spec.device, spec.dtype) else ExhaustiveIndex
         self._exact = exact(dataclasses.replace(spec, device_budget_bytes=0))
-        self._oversampling = oversampling
         self._rank = max(1, 3 * spec.head_dim // 8)
         # Estimates need no more than the model's own precision, and no more than fp32.
         self._compute = torch.float32 if spec.dtype.itemsize > 2 else spec.dtype
@@ -79,17 +75,13 @@ class LowRankIndex(KeyIndex):
         self._decoders.append(decoder_CDK)
 
     def _search(self, queries_CGWD: Sequence[Tensor], *, first: int, stop: int, tokens: int) -> Tensor:
-        candidates = self._oversampling * (tokens // self._spec.block)
-        blocks = -(-stop // self._spec.block) - first // self._spec.block
-        if blocks <= candidates:
-            return self._exact.search(queries_CGWD, first=first, stop=stop, tokens=tokens, block=self._spec.block)
+        blocks_B = self._all_nominated(first=first, stop=stop, tokens=tokens)
+        if blocks_B is not None:
+            return self._exact.judge(queries_CGWD, blocks_B, first=first, stop=stop, tokens=tokens)
         best_B = best_of_blocks(self._estimates(queries_CGWD), first=first, stop=stop, block=self._spec.block)
-        best_B = best_B * self._spec.head_dim**-0.5
-        top = top_blocks(best_B, candidates).sort().values
-        exact = self._exact.best_of(queries_CGWD, top, first=first, stop=stop)
-        # Other blocks keep their estimates, which decide nothing unless the candidates were too few.
-        best_B = best_B.to(exact.dtype).index_copy(0, top, exact)
-        chosen = choose_positions(best_B, first=first, stop=stop, tokens=tokens, block=self._spec.block)
+        # The margin by which neighbours lend is one of scores.
+        blocks_B = nominate(best_B * self._spec.head_dim**-0.5, self._most(tokens))
+        chosen = self._exact.judge(queries_CGWD, blocks_B, first=first, stop=stop, tokens=tokens)
         if self._spec.recall.due():
             oracle = self._exact.search(queries_CGWD, first=first, stop=stop, tokens=tokens, block=self._spec.block)
             self._spec.recall.look(chosen, oracle)

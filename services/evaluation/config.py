@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from segcore.adapter import Adapter
 from segcore.config import GIB, SegmentConfig
 from segcore.errors import ConfigError
 from segcore.presets import DEFAULT_MODEL, model_segment
@@ -86,7 +85,8 @@ class ArmSection(Section):
     """What is judged: a model under a policy, in this process's engine; or a service that runs.
 
     segment: "policy", and its options that differ from the model's preset or the policy's defaults. heads: a file of
-    `segcore heads`. adapter: the directory of one, whose policy is then the preset.
+    `segcore heads`. adapter: the directory of one, or "default", what is shipped for the model; its policy is then the
+    preset.
     service: the address of a segcore service, HOST:PORT. url: of an OpenAI-compatible endpoint, such as
     http://HOST:PORT/v1, with `served_model`, the model's name there; key_variable: the environment variable that holds
     the key to it, if it asks for one. timeout_s: what it may take between two of its words.
@@ -94,7 +94,7 @@ class ArmSection(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]*$")
     model: Named | None = None
-    adapter: Where | None = None
+    adapter: Where | Literal["default"] | None = None
     segment: dict[str, Any] = {}
     preset: Literal["default", "paper"] = "default"
     heads: Where | None = None
@@ -124,8 +124,7 @@ class ArmSection(Section):
 
     def segment_config(self, model: str) -> SegmentConfig:
         """Raises ConfigError."""
-        trained = None if self.adapter is None else Adapter.read(self.adapter).segment
-        return model_segment(model, self.segment, preset=self.preset, trained=trained, heads=self.heads)
+        return model_segment(model, self.segment, preset=self.preset, adapter=self.adapter, heads=self.heads)
 
 
 class WorkersSection(Section):

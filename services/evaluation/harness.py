@@ -20,7 +20,6 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from segcore.adapter import Adapter
 from segcore.config import GIB, CacheConfig, EngineConfig
 from segcore.engine.engine import Engine
 from segcore.presets import DEFAULT_MODEL, model_segment
@@ -61,9 +60,8 @@ class SegcoreLM(TemplateLM):  # type: ignore[misc]
         if device is None or not torch.cuda.is_available():  # the command names a GPU, though there is none
             device = "auto"
         self._model = load_model(pretrained, dtype=dtype, device=device, adapter=adapter)
-        trained = None if adapter is None else Adapter.read(adapter).segment
         file = None if heads is None else Path(heads)
-        self._segment = model_segment(pretrained, segment, preset=preset, trained=trained, heads=file)
+        self._segment = model_segment(pretrained, segment, preset=preset, adapter=adapter, heads=file)
         self._past_bytes, self._max_gen_toks = int(past_gib * GIB), max_gen_toks
         cache = CacheConfig(host_bytes=self._past_bytes)
         config = EngineConfig(segment=self._segment, cache=cache, slots=2)

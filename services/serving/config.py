@@ -10,7 +10,6 @@ from urllib.parse import quote
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from segcore.adapter import Adapter
 from segcore.config import GIB, KIB, MIB, CacheConfig, EngineConfig, SegmentConfig
 from segcore.errors import ConfigError
 from segcore.presets import DEFAULT_MODEL, cache_directory, model_segment
@@ -38,7 +37,8 @@ class AutoscalingSettings(BaseModel):
 class ServeConfig(BaseModel):
     """A segcore service.
 
-    adapter: the directory of one that was trained for the model; its policy is the preset then.
+    adapter: the directory of one that was trained for the model; "default": the one that is shipped for it, if any;
+    "none". Its policy is the preset then.
     segment: "policy", and its options that differ from the preset or the policy's defaults.
     heads: a file that `segcore heads`, or the training of gates, wrote for the model; None: what is shipped for it, if
     anything.
@@ -69,7 +69,7 @@ class ServeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = DEFAULT_MODEL
-    adapter: Path | None = None
+    adapter: Path | Literal["default", "none"] = "default"
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
@@ -185,5 +185,4 @@ class ServeConfig(BaseModel):
 
         Raises ConfigError, and NotFound for an adapter that isn't there.
         """
-        trained = None if self.adapter is None else Adapter.read(self.adapter).segment
-        return model_segment(self.model, self.segment, trained=trained, heads=self.heads)
+        return model_segment(self.model, self.segment, adapter=self.adapter, heads=self.heads)

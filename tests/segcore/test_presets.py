@@ -34,8 +34,12 @@ def test_the_papers_preset_is_for_its_model(model):
     assert segment_preset(model) == SegmentedConfig()
 
 
+def test_the_default_model_has_what_was_measured_for_it():
+    preset = segment_preset(DEFAULT_MODEL)
+    assert preset == SegmentedConfig(selectors=(Cell(18, 2),), reread_tokens=64)
+
+
 def test_presets_that_are_not_there_are_refused():
-    assert segment_preset(DEFAULT_MODEL).selectors == (Cell(18, 2),)
     with pytest.raises(ConfigError, match=r"names heads of Llama-2-7B, not of 'smollm2.*choose preset 'default'"):
         segment_preset(DEFAULT_MODEL, "paper")
     with pytest.raises(ConfigError, match="unknown preset 'best'; known: default, paper"):

@@ -12,9 +12,11 @@ import torch
 import segcore
 from segcore.config import DuoConfig
 from segcore.errors import ConfigError, NotFound, Unavailable
+from segcore.presets import SHIPPED_ADAPTERS
 from segcore.sampling import SamplingParams
 from segcore.training.lora import add_lora, save_adapter
 from services.cli import _config, _parser, main
+from services.evaluation.config import ArmSection
 from services.serving.config import ServeConfig
 from services.serving.engine_deployment import EngineDeployment
 from services.serving.local import cause
@@ -51,6 +53,24 @@ def test_commands_take_an_adapter(adapter, command):
     config = _config(_parser().parse_args([*command, "--adapter", str(adapter)]))
     assert config.adapter == adapter
     assert config.engine_config().segment == TRAINED
+
+
+def test_a_model_is_served_with_the_adapter_that_is_shipped_for_it(model_directory, adapter, monkeypatch):
+    """Unless another is named, or none; evaluation has none unless it asks for it."""
+    name = str(model_directory)
+    plain = ServeConfig(model=name).segment_config()
+    monkeypatch.setitem(SHIPPED_ADAPTERS, name, adapter)
+    assert ServeConfig(model=name).segment_config() == TRAINED != plain
+    for command, segment in ([], TRAINED), (["--adapter", "default"], TRAINED), (["--adapter", "none"], plain):
+        assert _config(_parser().parse_args(["serve", "--model", name, *command])).segment_config() == segment
+    assert ArmSection(name="a").segment_config(name) == plain
+    assert ArmSection.model_validate({"name": "a", "adapter": "default"}).segment_config(name) == TRAINED
+    found = segcore.load_model(name, device="cpu", adapter="default").adapter
+    assert found is not None
+    assert found.directory == adapter
+    assert segcore.load_model(name, device="cpu", adapter="none").adapter is None
+    monkeypatch.delitem(SHIPPED_ADAPTERS, name)
+    assert segcore.load_model(name, device="cpu", adapter="default").adapter is None
 
 
 def test_an_absent_adapter_is_an_error_before_anything_starts(tmp_path, capsys):
