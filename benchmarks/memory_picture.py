@@ -9,7 +9,7 @@ import torch
 
 from segcore.config import CacheConfig, EngineConfig, segment_config
 from segcore.memory import Part, lines, total
-from segcore.presets import DEFAULT_MODEL, segment_preset
+from segcore.presets import DEFAULT_MODEL, model_segment
 from services.memory import SHAPES
 
 TARGET = Path(__file__).parent.parent / "docs" / "memory.png"
@@ -20,7 +20,7 @@ STATE: set[Part] = {"state", "past", "journal"}
 
 def curve(policy: str, place: str) -> list[float]:
     """GiB of a session in its slot, without weights and scratch."""
-    shape, segment = SHAPES[DEFAULT_MODEL], segment_preset(DEFAULT_MODEL)
+    shape, segment = SHAPES[DEFAULT_MODEL], model_segment(DEFAULT_MODEL, {}, adapter="default")
     config = EngineConfig(segment=segment if policy == "segmented" else segment_config(policy), cache=UNBOUNDED)
     sizes = []
     for tokens in LENGTHS:

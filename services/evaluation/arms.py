@@ -240,5 +240,5 @@ class _Stream:
 
 
 def as_record(answer: Answer) -> dict[str, Any]:
-    """What is kept of an answer, as JSON can hold it."""
-    return {name: value for name, value in vars(answer).items() if value not in (None, [], False)}
+    """What is kept of an answer, as JSON can hold it. A recall of 0.0 is one, though it equals False."""
+    return {name: value for name, value in vars(answer).items() if value not in (None, []) and value is not False}

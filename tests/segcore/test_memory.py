@@ -33,7 +33,7 @@ from segcore.engine.runner import Runner
 from segcore.model import CausalLM, ModelSpec
 from segcore.pastkv.manager import PastKVManager
 from segcore.policies import POLICIES
-from segcore.presets import segment_preset
+from segcore.presets import model_segment
 from segcore.retrieval import INDEXES, IndexSpec
 from services.cli import main
 from services.memory import SHAPES, Figure, measure, tensor_bytes
@@ -191,7 +191,7 @@ def test_the_default_shape_is_the_default_models():
 
 LARGE = SegmentedConfig(segment_tokens=4096, selectors=((0, 0), (0, 1)))
 DOCUMENTED = {
-    "smollm2-135m-instruct": segment_preset("smollm2-135m-instruct"),
+    "smollm2-135m-instruct": model_segment("smollm2-135m-instruct", {}, adapter="default"),
     "llama-3.1-8b": LARGE,
     "llama-2-7b": LARGE,
 }

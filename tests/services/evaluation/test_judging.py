@@ -17,7 +17,7 @@ from rich.console import Console
 from segcore.errors import ConfigError, LimitExceeded
 from segcore.tasks.base import Item, Span, Turn
 from segcore.weights import load_model
-from services.evaluation.arms import EngineArm
+from services.evaluation.arms import Answer, EngineArm, as_record
 from services.evaluation.config import EvalConfig
 from services.evaluation.report import html
 from services.evaluation.scores import exact, f1, match
@@ -185,6 +185,12 @@ def test_a_document_is_run_once_for_all_items_that_have_it(arm):
     assert arm._engine.stats().sessions == 1
     arm.answers(second, 6, "none", False)
     assert arm._engine.stats().sessions == 0, "nobody needs it any more"
+
+
+def test_what_is_nothing_is_kept_where_it_says_something():
+    """Nothing of what was needed was retrieved: left out, means of recall were those of the other answers."""
+    kept = as_record(Answer(text="", recall=0.0, answer_tokens=0, prompt_tokens=3))
+    assert kept == {"text": "", "recall": 0.0, "answer_tokens": 0, "prompt_tokens": 3}
 
 
 def test_recall_is_of_what_the_answer_can_see(arm):

@@ -68,7 +68,7 @@ def test_twenty_kills_cost_no_session_and_no_token(client, tell):
     client.begin("undisturbed-0", "undisturbed-1")
     assert not client.run()
     expected = list(client.texts.values())
-    assert all(len(text) > 20 for texts in expected for text in texts), expected
+    assert all(text for texts in expected for text in texts), expected
     chance, kills, sessions, different = random.Random(5), Counter[str](), 0, 0
     while kills.total() < KILLS:
         client.begin(f"s{sessions}", f"s{sessions + 1}")
