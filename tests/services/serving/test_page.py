@@ -41,7 +41,7 @@ async def test_a_document_is_read_asked_about_and_forked(front, document):
         assert await tab.js("at('engine').textContent") != "–"
         assert (await tab.js("at('line-past').getAttribute('d')")).count("L") >= 2
 
-        # What is marked is what the engine retrieved, in the very text; of a long answer's end that may be its beginning.
+        # What is marked is what the engine retrieved, in the very text; late in an answer that may be of the answer.
         passages, turns = [], 0
         while not passages and turns < 8:
             turns += 1
