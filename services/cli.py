@@ -171,9 +171,7 @@ def _add_service_options(parser: argparse.ArgumentParser) -> None:
     service = parser.add_argument_group("service")
     service.add_argument("--config", type=Path, metavar="YAML", help="a file of service settings; see docs/serving.md")
     service.add_argument("--model", help="smollm2-135m-instruct (default), a directory, a .gguf file, or a hub id")
-    service.add_argument(
-        "--adapter", metavar="DIR", help="of one for the model; default: what is shipped for it; or none"
-    )
+    service.add_argument("--adapter", metavar="DIR", help="one for the model; default: what is shipped for it; or none")
     service.add_argument("--dtype", help="auto (default), float32, bfloat16, ...")
     service.add_argument("--policy", help="segmented (default; with an adapter, the one it was trained with) or full")
 

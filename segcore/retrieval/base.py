@@ -74,12 +74,8 @@ class KeyIndex(ABC):
 
     def _all_nominated(self, *, first: int, stop: int, tokens: int) -> Tensor | None:
         """The indices of all blocks that hold a candidate, if they are few enough to be judged."""
-        blocks = range(first // self._spec.block, -(-stop // self._spec.block))
-        return (
-            torch.arange(blocks.start, blocks.stop, device=self._spec.device)
-            if len(blocks) <= self._most(tokens)
-            else None
-        )
+        start, end = first // self._spec.block, -(-stop // self._spec.block)
+        return torch.arange(start, end, device=self._spec.device) if end - start <= self._most(tokens) else None
 
     def _most(self, tokens: int) -> int:
         """How many blocks are judged. Both ends of the candidates may cut one."""

@@ -73,7 +73,7 @@ class ExhaustiveIndex(KeyIndex):
                 yield rows_PCND.to(self._spec.device, non_blocking=True).transpose(0, 1).flatten(1, 2)
 
     def _gather(self, positions_n: Tensor) -> Tensor:
-        """Keys of ascending positions, [C, n, D], from an index that lives in host memory."""
+        """Keys of ascending positions, [C, n, D], from wherever their pages are."""
         positions_n = positions_n.cpu()
         selectors, head_dim, size = self._spec.selectors, self._spec.head_dim, self._segment
         row_n = positions_n // size
@@ -81,9 +81,9 @@ class ExhaustiveIndex(KeyIndex):
         # As rows of a page's [selectors * size] rows of one key each: what torch copies soonest.
         first_n = row_n % PAGE_ROWS * (selectors * size) + positions_n % size
         key_nC = first_n[:, None] + size * torch.arange(selectors)
-        pin = self._spec.device.type == "cuda"
-        keys_nCD = torch.empty((len(positions_n), selectors, head_dim), dtype=self._spec.dtype, pin_memory=pin)
-        parts = zip(pages.tolist(), key_nC.split(counts.tolist()), keys_nCD.split(counts.tolist()), strict=True)
-        for i, keys, out in parts:
-            torch.index_select(self._keys.page(i).view(-1, head_dim), 0, keys.flatten(), out=out.view(-1, head_dim))
-        return keys_nCD.to(self._spec.device, non_blocking=True).transpose(0, 1)
+        gathered = []
+        for i, keys in zip(pages.tolist(), key_nC.split(counts.tolist()), strict=True):
+            page = self._keys.page(i).view(-1, head_dim)
+            rows = page.index_select(0, keys.flatten().to(page.device)).view(-1, selectors, head_dim)
+            gathered.append(rows.to(self._spec.device, non_blocking=True))
+        return torch.cat(gathered).transpose(0, 1)
