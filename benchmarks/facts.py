@@ -1,6 +1,6 @@
 """Forty facts in a long text, in a person's own words, each asked for by itself: which are retrieved, and answered?
 
-.venv/bin/python -m benchmarks.facts    # some ten minutes on two cores; writes benchmarks/results/facts.json
+.venv/bin/python -m benchmarks.facts    # a quarter of an hour on two cores; writes benchmarks/results/facts.json
 
 None of them is of a form that training or evaluation has. They stand in the first 93% of the text, most questions say
 the same in other words, and all others of the forty are there to be taken for the right one.
@@ -9,19 +9,18 @@ the same in other words, and all others of the forty are there to be taken for t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from pydoc_data import topics
 
 import segcore
 from benchmarks.record import add, records
 from segcore.engine.engine import Engine
 from segcore.presets import DEFAULT_MODEL, model_segment
+from segcore.tasks.haystack import ruler_data
 from segcore.turns import Conversation
 
 # What is hidden, what is asked, and what a right answer has.
@@ -156,12 +155,7 @@ class Reply:
 
 
 def essays() -> str:
-    """As RULER's own data file has them."""
-    package = importlib.util.find_spec("long_context_eval")
-    assert package is not None, "run: make setup"
-    assert package.submodule_search_locations
-    data = Path(package.submodule_search_locations[0]) / "data" / "synthetic" / "json" / "PaulGrahamEssays.json"
-    return str(json.loads(data.read_text())["text"])
+    return str(json.loads(ruler_data("PaulGrahamEssays.json").read_text())["text"])
 
 
 def reference() -> str:
@@ -230,14 +224,8 @@ if __name__ == "__main__":
         for kind, text in (("reference", reference()), ("essays", essays())):
             answered = []
             for reply in replies(model, segment, text, options.tokens):
-                print(
-                    "right" if reply.right else "wrong",
-                    f"{reply.took:.2f}",
-                    reply.question,
-                    "|",
-                    reply.text,
-                    flush=True,
-                )
+                verdict = "right" if reply.right else "wrong"
+                print(verdict, f"{reply.took:.2f}", reply.question, "|", reply.text, flush=True)
                 answered.append(reply)
             name, count = f"{kind}_{options.tokens}_{arm}", f"of {len(answered)}"
             figures = [

@@ -18,6 +18,7 @@ from torch import Tensor
 
 # "Less a hair": what a block's score loses when it is lent to its neighbours. Large enough to survive fp32 beside
 # scores of some hundreds, small against any difference that matters.
+# Of log shares it is a thousandth of a share.
 NEIGHBOUR_MARGIN = 1e-3
 
 
