@@ -6,6 +6,7 @@ import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -49,6 +50,8 @@ def follow(
     A run tells {"step", "steps", ...}, "note", "warning", and at its end "done" or "error". numbers, end: what is shown
     of a step and of the end. keep: is handed every line.
     """
+    # What others wrote may look like markup.
+    show = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     last: deque[str] = deque(maxlen=LAST_LINES)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -59,18 +62,18 @@ def follow(
             if said is None:
                 last.append(line.rstrip("\n"))
             elif "done" in said:
-                console.print(end(said), highlight=False, markup=False, soft_wrap=True)
+                show(end(said))
                 return 0
             elif "step" in said:
                 bar.update(task, completed=said["step"], total=said["steps"], description=numbers(said))
                 if not console.is_terminal or "eval_loss" in said:
-                    console.print(f"step {said['step']} of {said['steps']}: {numbers(said)}", highlight=False)
+                    show(f"step {said['step']} of {said['steps']}: {numbers(said)}")
             elif "note" in said:
-                console.print(said["note"], highlight=False, soft_wrap=True)
+                show(said["note"])
             elif "warning" in said:
-                console.print(f"warning: {said['warning']}", highlight=False, soft_wrap=True)
+                show(f"warning: {said['warning']}")
             elif "error" in said:
-                console.print(f"segcore: {said['error']}", highlight=False, soft_wrap=True)
+                show(f"segcore: {said['error']}")
                 return 1
-    console.print("segcore: the run ended without a result; its log ends with:\n" + "\n".join(last), markup=False)
+    show("segcore: the run ended without a result; its log ends with:\n" + "\n".join(last))
     return 1

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from segcore.errors import ConfigError
 from segcore.tasks.base import Item, Room, Turn, listed, rng_of
-from segcore.tasks.forms import FORMS, FRAMES, Form
+from segcore.tasks.forms import FORMS, FRAMES, Form, compose
 from segcore.tasks.hide import hide
 from segcore.tasks.words import Source
 
@@ -34,7 +34,8 @@ class Needle:
     forms in a document.
 
     depth: where the first question's facts stand, from 0 to 1; None: anywhere. forms: by name; empty: all of the
-    split's. Another split's may be named; names, values and haystack stay apart all the same.
+    split's. Another split's may be named; names, values and haystack stay apart all the same. composed: forms are put
+    together anew for each document, to train on; they say different things of the same keys.
     """
 
     name: ClassVar[str] = "needle"
@@ -45,6 +46,7 @@ class Needle:
     mixed: int = 1
     depth: float | None = None
     forms: tuple[str, ...] = ()
+    composed: bool = field(default=False, repr=False)  # what is drawn for a seed is older than this option
 
     def __post_init__(self) -> None:
         if min(self.keys, self.values, self.queries, self.turns, self.mixed) < 1:
@@ -53,6 +55,8 @@ class Needle:
             raise ConfigError(f"needle: {self.queries} queries need as many keys, not {self.keys}")
         if self.depth is not None and not 0 <= self.depth <= 1:
             raise ConfigError(f"needle: depth={self.depth} must lie between 0 and 1")
+        if self.composed and (self.forms or max(self.values, self.queries) > 1):
+            raise ConfigError("needle: composed forms have no names, and are asked for one key and one value at a time")
         if unknown := set(self.forms) - set(_BY_NAME):
             raise ConfigError(f"needle: no form {', '.join(sorted(unknown))}; known: {', '.join(_BY_NAME)}")
 
@@ -76,16 +80,26 @@ class Needle:
         return Item(name=f"{self.name} {seed}", task=self.name, document=document, turns=turns, facts=told)
 
     def _facts(self, source: Source) -> list[_Fact]:
+        forms, shared = self._drawn(source), dict[str, list[str]]()
+        facts = []
+        for form in forms:
+            keys = source.different(form.key, self.keys)
+            if self.composed:
+                keys = shared.setdefault(form.key, keys)
+            facts += [_Fact(form, key, tuple(source.different(form.value, self.values))) for key in keys]
+        return facts
+
+    def _drawn(self, source: Source) -> list[Form]:
+        if self.composed:
+            if source.split != "train":
+                raise ConfigError("needle: composed forms are for training alone")
+            return compose(source.rng, self.mixed)
         usable = [_BY_NAME[name] for name in self.forms] or list(FORMS[source.split])
         if max(self.values, self.queries) > 1:
             usable = [form for form in usable if form.many]
         if len(usable) < self.mixed:
             raise ConfigError(f"needle: {self.mixed} forms are mixed, and {len(usable)} can be")
-        return [
-            _Fact(form, key, tuple(source.different(form.value, self.values)))
-            for form in source.rng.sample(usable, self.mixed)
-            for key in source.different(form.key, self.keys)
-        ]
+        return source.rng.sample(usable, self.mixed)
 
     def _asked(self, facts: Sequence[_Fact], before: Sequence[Sequence[_Fact]], rng: random.Random) -> list[_Fact]:
         """Facts of one form: what was told before is to be read in the turns, and no longer in the document."""

@@ -34,7 +34,11 @@ def fit_alone(config: TrainConfig) -> Outcome:
     else:
         with tempfile.TemporaryDirectory() as folder:
             errors: Any = mp.get_context("spawn").SimpleQueue()
-            spawn(join, (config.to_json(), world, f"file://{folder}/meeting", errors), nprocs=world)
+            try:
+                spawn(join, (config.to_json(), world, f"file://{folder}/meeting", errors), nprocs=world)
+            except Exception:
+                if errors.empty():
+                    raise
             if not errors.empty():
                 raise errors.get()
     found = ranked(config.folder)
@@ -51,7 +55,7 @@ def work(config: TrainConfig, rank: int) -> None:
 
 
 def join(rank: int, settings: str, world: int, meeting: str, errors: Any) -> None:
-    """A worker's process: what fails on one fails on all, and the first tells it."""
+    """A worker's process. What fails on one alone, as an item that can't be made, the others see as a lost peer."""
     config = TrainConfig.model_validate_json(settings)
     own = config.workers.gpus and world <= torch.cuda.device_count()  # NCCL won't have two workers on one GPU
     backend = "cpu:gloo,cuda:nccl" if own else "cpu:gloo,cuda:gloo"
@@ -59,8 +63,7 @@ def join(rank: int, settings: str, world: int, meeting: str, errors: Any) -> Non
     try:
         work(config, rank)
     except SegcoreError as error:
-        if rank == 0:
-            errors.put(error)
+        errors.put(error)
     finally:
         dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -25,9 +26,16 @@ def run_locally(config: TrainConfig, console: Console, *, resume: bool = False, 
         command += ["--resume"] if resume else []
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
-            status = follow(process.stdout, console, log.write)
-            for line in process.stdout:
-                log.write(line)
+            before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+            try:
+                status = follow(process.stdout, console, log.write)
+                for line in process.stdout:
+                    log.write(line)
+            except BaseException:
+                process.terminate()
+                raise
+            finally:
+                signal.signal(signal.SIGTERM, before)
         return status or process.returncode
 
 

@@ -6,6 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
@@ -13,12 +14,12 @@ from hashlib import blake2b
 import numpy as np
 
 from segcore.errors import ConfigError
-from segcore.tasks.base import Room
+from segcore.tasks.base import Item, Room
 from segcore.tasks.haystack import Haystack
 from segcore.tasks.registry import draw_task
 from segcore.training.stream import TrainingStream
 from segcore.turns import frame_tokens
-from services.training.data_config import SourceConfig
+from services.training.data_config import SourceConfig, TaskConfig
 from services.training.records import Fault, Record, open_records
 from services.training.samples import (
     Chat,
@@ -32,6 +33,8 @@ from services.training.samples import (
 
 # Faults that a report tells in full, of each source.
 TOLD = 10
+# So often an item is drawn until it fits.
+ATTEMPTS = 8
 
 
 @dataclass
@@ -138,7 +141,11 @@ class FileSource(Source):
 
 
 class TaskSource(Source):
-    """Items of tasks, made when they are asked for; there is no end of them."""
+    """Items of tasks, made when they are asked for; there is no end of them.
+
+    An item that doesn't fit its length is drawn anew, under the same task; a task of which none fits the shortest is
+    refused at once.
+    """
 
     def __init__(self, config: SourceConfig, maker: StreamMaker, seed: str) -> None:
         self._config, self._maker, self._seed = config, maker, seed
@@ -146,6 +153,8 @@ class TaskSource(Source):
         self._count = lru_cache(maxsize=2**17)(lambda text: len(maker.text.encode_continuation(text)))
         self._weights = [task.weight for task in config.tasks]
         self.report = SourceReport()
+        for task in config.tasks:
+            self._fitting(task, min(config.lengths), "first")
 
     def size(self, number: int) -> int:
         return 4 * self._length(number)
@@ -153,17 +162,24 @@ class TaskSource(Source):
     def make(self, number: int) -> TrainingStream:
         rng = random.Random(f"{self._seed} task {number}")
         chosen = rng.choices(self._config.tasks, self._weights)[0]
+        item = self._fitting(chosen, self._length(number), str(number), rng)
+        return self._maker.item(item.name, item, self._config.loss or "answers")
+
+    def _fitting(self, task: TaskConfig, length: int, name: str, rng: random.Random | None = None) -> Item:
         frame, turn = frame_tokens(self._maker.text, self._maker.chat)
         room = Room(
             split=self._config.split,
-            length=self._length(number),
+            length=length,
             haystack=self._haystack,
             count=self._count,
             frame_tokens=frame,
             turn_tokens=turn,
         )
-        item = draw_task(chosen.task, chosen.options, rng).make(room, f"{self._seed} {number}")
-        return self._maker.item(item.name, item, self._config.loss or "answers")
+        rng = rng or random.Random(f"{self._seed} task {name}")
+        for seed in (name, *(f"{name} again {i}" for i in range(2, ATTEMPTS))):
+            with suppress(ConfigError):
+                return draw_task(task.task, task.options, rng).make(room, f"{self._seed} {seed}")
+        return draw_task(task.task, task.options, rng).make(room, f"{self._seed} {name} at last")
 
     def digest(self) -> bytes:
         return self._haystack.digest.encode()

@@ -12,7 +12,7 @@ import pytest
 
 from segcore.errors import ConfigError
 from segcore.tasks.base import Item, Room
-from segcore.tasks.forms import FORMS, FRAMES
+from segcore.tasks.forms import FORMS, FRAMES, compose
 from segcore.tasks.haystack import Haystack
 from segcore.tasks.registry import TASKS, draw_task, make_task
 from segcore.tasks.split import SPLITS, split_of
@@ -173,6 +173,45 @@ def test_training_asks_in_words_other_than_evaluation():
             assert len(words & theirs) <= len(words | theirs) / 2, (question, judged)
 
 
+COMPOSED = [form for seed in range(300) for form in compose(random.Random(seed), 4)]
+
+
+def test_composed_forms_are_many_and_have_all_their_parts():
+    assert len({form.statement for form in COMPOSED}) > 1000
+    for form in COMPOSED:
+        for text in (form.statement, *form.questions, form.answer):
+            text.format(key="", value="")  # no part is left open
+        assert form.statement.count("{key}") == form.statement.count("{value}") == 1
+        assert "{key}" in form.questions[0]
+        assert "{value}" not in form.questions[0]
+        assert "{value}" in form.answer
+
+
+def test_composed_forms_resemble_none_that_is_judged():
+    """Neither by what they are about, nor by their words."""
+    judged = {frozenset((form.key, form.value)) for form in FORMS["eval"]}
+    assert not judged & {frozenset((form.key, form.value)) for form in COMPOSED}
+
+    def words(text):
+        return set(words_in(text.replace("{key}", "").replace("{value}", "").lower()))
+
+    for form, other in product(COMPOSED, FORMS["eval"]):
+        for ours, theirs in ((form.statement, other.statement), (form.questions[0], other.questions[0])):
+            assert len(words(ours) & words(theirs)) <= len(words(ours) | words(theirs)) / 2, (ours, theirs)
+
+
+def test_composed_facts_say_several_things_of_the_same_keys():
+    items = [make_task("needle", composed=True, keys=3, mixed=3, turns=9).make(room("train"), str(i)) for i in range(8)]
+    for item in items:
+        assert len({turn.needed for turn in item.turns}) == 9
+        for turn in item.turns:
+            (span,) = turn.needed
+            assert turn.expected[0] in item.document[span.start : span.end]
+    subjects = [word for item in items for turn in item.turns for word in set(words_in(turn.question))]
+    assert items[0] != make_task("needle", keys=3, mixed=3, turns=9).make(room("train"), "0")
+    assert max(map(subjects.count, subjects)) >= 3
+
+
 @pytest.mark.parametrize("length", [600, 1500, 6000])
 @pytest.mark.parametrize(("name", "options"), MANY, ids=IDS)
 def test_an_item_fits_its_length_and_fills_it(name, options, length):
@@ -295,6 +334,8 @@ def test_questions_of_a_users_own_file(tmp_path):
         (lambda: make_task("needle", queries=2), "2 queries need as many keys"),
         (lambda: make_task("needle", depth=2), "between 0 and 1"),
         (lambda: make_task("needle", forms=["limerick"]), "no form limerick"),
+        (lambda: make_task("needle", composed=True, values=2), "one value at a time"),
+        (lambda: make_task("needle", composed=True).make(room("eval"), "0"), "for training alone"),
         (lambda: make_task("tracking", turns=3), "at most chains"),
         (lambda: make_task("needle").make(room(length=40), "0"), "leave no room"),
         (lambda: make_task("needle").make(room(length=10**7), "0"), "take a longer text"),

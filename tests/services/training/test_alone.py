@@ -5,15 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
 from segcore.errors import ConfigError
-from services.training import train
+from services.training import alone, train
 from services.training.alone import fit_alone, ranked
 from services.training.config import TrainConfig
 from services.training.folders import Progress, checkpoints, latest
 from services.training.metrics import LINES, read_lines
+from tests.services.cluster import wait_for
 from tests.services.training.conftest import Alone
 
 
@@ -61,6 +63,38 @@ def test_several_workers_are_processes_with_the_curve_of_one(written):
 def test_what_workers_refuse_is_raised_here(written):
     with pytest.raises(ConfigError, match=r"of its device, which has 0\.00 GiB"):
         fit_alone(TrainConfig.read(written(device_bytes=1000, workers={"count": 2, "threads": 1})))
+
+
+def refuse(config, rank):
+    raise ConfigError("the second worker's item doesn't fit")
+
+
+def only_the_second_refuses(rank, *settings):
+    """In a worker's process."""
+    if rank == 1:
+        alone.work = refuse
+    alone.join(rank, *settings)
+
+
+@pytest.mark.slow
+def test_what_one_worker_alone_refuses_is_told_and_not_that_it_left(written, monkeypatch):
+    monkeypatch.setattr(alone, "join", only_the_second_refuses)
+    with pytest.raises(ConfigError, match="the second worker's item"):
+        fit_alone(TrainConfig.read(written(workers={"count": 2, "threads": 1})))
+
+
+@pytest.mark.slow
+def test_a_command_that_is_ended_ends_its_run(written, tmp_path):
+    file = written(steps=10**6, evaluation=None)
+    command = subprocess.Popen(
+        [sys.executable, "-m", "services.cli", "train", str(file), "--no-ray"], stdout=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: "step 2" in command.stdout.readline())
+    run = psutil.Process(command.pid).children(recursive=True)
+    assert run
+    command.terminate()
+    command.communicate(timeout=30)
+    assert not psutil.wait_procs(run, 30)[1]
 
 
 def test_the_command_says_how_it_ended(written, monkeypatch, capsys):

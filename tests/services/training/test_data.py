@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from segcore.errors import ConfigError
+from segcore.tasks.needle import Needle
 from segcore.text import DocumentEncoder, TextTokenizer
 from segcore.training.stream import IGNORED
 from services.training.data import DataConfig, Draw, _share, open_data, report_lines
@@ -232,6 +233,29 @@ def test_tasks_become_streams_that_say_what_is_needed(tokenizer):
         for mark, answer in zip(stream.marks, answers, strict=True):
             needed = " ".join(read(tokenizer, stream.tokens_T[a:b].tolist()) for a, b in stream.needed[mark])
             assert any(word.strip(".,'\"") in needed for word in answer.split() if any(map(str.isalnum, word)))
+
+
+def test_an_item_that_does_not_fit_is_drawn_anew(tokenizer, monkeypatch):
+    tight = TASKS | {"tasks": [{"task": "needle", "keys": [4, 8], "turns": 4}], "lengths": [1420]}
+    made, refused = Needle.make, []
+
+    def make(self, room, seed):
+        try:
+            return made(self, room, seed)
+        except ConfigError:
+            refused.append(seed)
+            raise
+
+    monkeypatch.setattr(Needle, "make", make)
+    streams = first(config(tight), tokenizer, count=8)
+    assert refused
+    assert all(len(stream.tokens_T) <= 1420 for stream in streams)
+    assert names([streams]) == names([first(config(tight), tokenizer, count=8)])
+
+
+def test_tasks_that_fit_nowhere_are_refused_at_once(tokenizer):
+    with pytest.raises(ConfigError, match="too few for 50 questions"):
+        open_data(config(TASKS | {"tasks": [{"task": "lookup", "turns": 50}]}), tokenizer)
 
 
 def names(batches):

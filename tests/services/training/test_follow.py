@@ -47,3 +47,9 @@ def test_a_run_that_ends_without_a_word_shows_its_last_lines():
     assert status == 1
     assert "ModuleNotFoundError: [torch]" in text
     assert "line 10" not in text
+
+
+def test_what_others_wrote_is_no_markup():
+    gloo = "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+    for word in ("note", "warning", "error"):
+        assert gloo in shown(line(**{word: gloo}))[1]
