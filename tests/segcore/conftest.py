@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from segcore.engine.engine import Engine
+from tests.segcore.engines import engine_of
 
 
 @pytest.fixture
@@ -29,3 +30,8 @@ def running() -> Iterator[Callable[[Engine], Engine]]:
     for engine in made:
         engine.check_integrity()
         engine.shutdown()
+
+
+@pytest.fixture
+def make_engine(tiny_lm, running) -> Callable[..., Engine]:
+    return lambda **changes: running(engine_of(tiny_lm, **changes))

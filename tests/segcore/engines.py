@@ -5,20 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import pytest
+import torch
+
 from segcore.config import EngineConfig
 from segcore.engine.engine import Engine
 from segcore.engine.request import Generation, Session, Step
 from segcore.model import CausalLM
 from segcore.sampling import SamplingParams
-from tests.conftest import tiny_segment
+from tests.conftest import VOCABULARY, tiny_segment
+from tests.segcore.test_invariants import MATRIX
 
 SECONDS = 30
+STREAM = torch.randint(0, VOCABULARY, (90,), generator=torch.Generator().manual_seed(11)).tolist()
+# Every policy; the quick tests run one.
+POLICIES = [
+    pytest.param(name, marks=() if name == "segmented" else pytest.mark.slow)
+    for name in sorted({config.policy: name for name, config in reversed(MATRIX.items())}.values())
+]
 
 
 def engine_of(lm: CausalLM, **changes: object) -> Engine:
     """An engine of tiny segments and chunks of 8 tokens; `changes` are fields of EngineConfig."""
     values: dict[str, object] = {"segment": tiny_segment(), "chunk_tokens": 8}
     return Engine(lm, EngineConfig(**(values | changes)))  # type: ignore[arg-type]
+
+
+def fill(engine: Engine, session: str, stream: list[int], *, mark: bool = False) -> None:
+    engine.append(session, stream)
+    if mark:
+        engine.mark(session)
+    engine.flush(session).result(SECONDS)
 
 
 def generation(

@@ -6,7 +6,7 @@ import pytest
 
 from segcore.config import CacheConfig
 from segcore.engine.request import Step
-from tests.segcore.engines import SECONDS, answer, at_rest, engine_of, turns
+from tests.segcore.engines import SECONDS, answer, at_rest, turns
 from tests.segcore.test_invariants import MATRIX, STREAM
 
 TOKENS = STREAM.tolist()  # 8 segments of 16, and some
@@ -16,11 +16,6 @@ def begin(engine, session, tokens=TOKENS):
     engine.open(session)
     engine.append(session, tokens)
     engine.flush(session).result(SECONDS)
-
-
-@pytest.fixture
-def make_engine(tiny_lm, running):
-    return lambda **changes: running(engine_of(tiny_lm, **changes))
 
 
 @pytest.fixture(params=["segmented", "segmented-some-readers"])

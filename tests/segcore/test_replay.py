@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -12,18 +10,12 @@ from segcore.engine.engine import Engine
 from segcore.engine.replay import journal_of
 from segcore.engine.speed import Speed
 from tests.conftest import VOCABULARY
-from tests.segcore.engines import SECONDS, ask, engine_of, generation
-from tests.segcore.test_engine_sessions import POLICIES
+from tests.segcore.engines import POLICIES, SECONDS, ask, generation
 from tests.segcore.test_invariants import MATRIX
 
 STREAM = torch.randint(0, VOCABULARY, (120,), generator=torch.Generator().manual_seed(5)).tolist()
 SPEED_SECONDS = Speed.seconds  # before the suite does without it
 SAMPLED = {"temperature": 1.0, "seed": 9}
-
-
-@pytest.fixture
-def make_engine(tiny_lm, running) -> Callable[..., Engine]:
-    return lambda **changes: running(engine_of(tiny_lm, **changes))
 
 
 def live(engine: Engine, answer_tokens: int = 30) -> tuple[list[int], list[int]]:
