@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import random
 import statistics
-from pathlib import Path
 
 import segcore
 from benchmarks.record import records, write
@@ -68,17 +65,10 @@ PROBES = ProbeConfig(
 )
 
 
-def essays() -> Haystack:
-    package = importlib.util.find_spec("long_context_eval")
-    assert package is not None, "run: make setup"
-    assert package.submodule_search_locations
-    data = Path(package.submodule_search_locations[0]) / "data" / "synthetic" / "json" / "PaulGrahamEssays.json"
-    return Haystack("essays", json.loads(data.read_text())["text"])
-
-
 def sightings() -> list[Sighting]:
     model = segcore.load_model(device="cpu")
-    maker = ProbeMaker(model.tokenizer, model.chat, essays(), SEGMENT.sink_tokens, SEGMENT.reader_tail_tokens)
+    essays = Haystack.named("essays")
+    maker = ProbeMaker(model.tokenizer, model.chat, essays, SEGMENT.sink_tokens, SEGMENT.reader_tail_tokens)
     seen: list[Sighting] = []
     for stream in maker.streams(PROBES):
         seen += look(model.lm, stream, window_tokens=SEGMENT.query_window_tokens)
