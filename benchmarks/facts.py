@@ -1,9 +1,11 @@
 """Forty facts in a long text, in a person's own words, each asked for by itself: which are retrieved, and answered?
 
 .venv/bin/python -m benchmarks.facts    # a quarter of an hour on two cores; writes benchmarks/results/facts.json
+.venv/bin/python -m benchmarks.facts --tokens 1000000 --texts paragraphs --adapters default    # an hour, 50 GB of disk
 
 None of them is of a form that training or evaluation has. They stand in the first 93% of the text, most questions say
-the same in other words, and all others of the forty are there to be taken for the right one.
+the same in other words, and all others of the forty are there to be taken for the right one. Past KV has two GiB of
+host memory and the disk; the engine's memory beside it is compared with what it was after an eighth of the text.
 """
 
 from __future__ import annotations
@@ -12,15 +14,19 @@ import argparse
 import json
 import random
 import re
+import tempfile
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from pydoc_data import topics
 
 import segcore
-from benchmarks.record import add, records
+from benchmarks.record import Figure, add, records
+from segcore.config import GIB, CacheConfig
 from segcore.engine.engine import Engine
 from segcore.presets import DEFAULT_MODEL, model_segment
-from segcore.tasks.haystack import ruler_data
+from segcore.tasks.haystack import Haystack, ruler_data
 from segcore.turns import Conversation
 
 # What is hidden, what is asked, and what a right answer has.
@@ -163,6 +169,18 @@ def reference() -> str:
     return "\n\n".join(topics.topics.values())
 
 
+def paragraphs() -> str:
+    """HotpotQA's, of Wikipedia: eight million tokens."""
+    return " ".join(Haystack.named("hotpotqa").sentences(random.Random(3)))
+
+
+TEXTS = {"reference": reference, "essays": essays, "paragraphs": paragraphs}
+# By adapter: what figures call it.
+ARMS = {"default": "shipped", "none": "untrained"}
+# Tokens after which it is said how far it has come.
+STEP = 2**15
+
+
 def read(model: segcore.LoadedModel, text: str, tokens: int, until: float) -> tuple[Conversation, dict[int, range]]:
     """About so many tokens of a text, with every fact somewhere in the first `until` of it, and where each stands."""
     encode = model.tokenizer.encode_continuation
@@ -180,15 +198,41 @@ def read(model: segcore.LoadedModel, text: str, tokens: int, until: float) -> tu
     return conversation, places
 
 
+@dataclass
+class Reading:
+    """How a text was read. seconds: in all. memory: the engine's bytes, past KV apart, by tokens read."""
+
+    seconds: float = 0.0
+    memory: dict[int, int] = field(default_factory=dict)
+
+    def growth(self) -> float:
+        """Memory at the end, as a multiple of what it was after an eighth."""
+        *_, last = self.memory
+        return self.memory[last] / next(held for tokens, held in self.memory.items() if tokens >= last / 8)
+
+
 def replies(
-    model: segcore.LoadedModel, segment: segcore.SegmentConfig, text: str, tokens: int, until: float = 0.93
+    model: segcore.LoadedModel,
+    segment: segcore.SegmentConfig,
+    text: str,
+    tokens: int,
+    until: float = 0.93,
+    cache: CacheConfig = CacheConfig(),  # noqa: B008
+    reading: Reading | None = None,
 ) -> Iterator[Reply]:
     """Of each fact, asked in a fork of one session that has read the text."""
-    engine = Engine(model.lm, model.identified(segcore.EngineConfig(segment=segment)))
+    engine = Engine(model.lm, model.identified(segcore.EngineConfig(segment=segment, cache=cache)))
     document, places = read(model, text, tokens, until)
+    reading = reading or Reading()
+    began = time.monotonic()
     engine.open("s")
-    engine.append("s", list(document.tokens))
-    engine.flush("s").result(3600)
+    for start in range(0, len(document.tokens), STEP):
+        engine.append("s", document.tokens[start : start + STEP])
+        engine.flush("s").result(3600)
+        reading.seconds = time.monotonic() - began
+        done = min(start + STEP, len(document.tokens))
+        reading.memory[done] = engine.stats().engine_bytes
+        print(f"{done:,} tokens in {reading.seconds:.0f} s, {reading.memory[done] >> 20:,} MiB", flush=True)
     for number, (_, question, expected) in enumerate(FACTS):
         asked = document.fork()
         asked.ask(question)
@@ -213,23 +257,31 @@ def replies(
     engine.shutdown()
 
 
+def measure(kind: str, adapter: str, tokens: int) -> Iterator[Figure]:
+    """Figures of a text, read and asked about with an adapter."""
+    model = segcore.load_model(DEFAULT_MODEL, adapter=adapter)
+    segment, reading = model_segment(DEFAULT_MODEL, {}, adapter=adapter), Reading()
+    with tempfile.TemporaryDirectory() as directory:
+        cache = CacheConfig(host_bytes=2 * GIB, directory=Path(directory))
+        answered = []
+        for reply in replies(model, segment, TEXTS[kind](), tokens, cache=cache, reading=reading):
+            verdict = "right" if reply.right else "wrong"
+            print(verdict, f"{reply.took:.2f}", reply.question, "|", reply.text, flush=True)
+            answered.append(reply)
+    name, count = f"{kind}_{tokens}_{ARMS[adapter]}", f"of {len(answered)}"
+    yield f"{name}_right", sum(reply.right for reply in answered), count, None, None
+    yield f"{name}_retrieved", sum(reply.took == 1 for reply in answered), count, None, None
+    yield f"{name}_prefill", max(reading.memory) / reading.seconds, "tokens/s", None, None
+    yield f"{name}_memory", reading.growth(), "of that after an eighth", None, None
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Facts in a long text, asked for one by one.")
     parser.add_argument("--tokens", type=int, default=32_000)
+    parser.add_argument("--texts", nargs="+", choices=list(TEXTS), default=["reference", "essays"])
+    parser.add_argument("--adapters", nargs="+", choices=list(ARMS), default=list(ARMS))
     options = parser.parse_args()
-    for adapter in ("default", "none"):
-        model = segcore.load_model(DEFAULT_MODEL, adapter=adapter)
-        segment = model_segment(DEFAULT_MODEL, {}, adapter=adapter)
-        arm = "shipped" if adapter == "default" else "untrained"
-        for kind, text in (("reference", reference()), ("essays", essays())):
-            answered = []
-            for reply in replies(model, segment, text, options.tokens):
-                verdict = "right" if reply.right else "wrong"
-                print(verdict, f"{reply.took:.2f}", reply.question, "|", reply.text, flush=True)
-                answered.append(reply)
-            name, count = f"{kind}_{options.tokens}_{arm}", f"of {len(answered)}"
-            figures = [
-                (f"{name}_right", sum(reply.right for reply in answered), count, None, None),
-                (f"{name}_retrieved", sum(reply.took == 1 for reply in answered), count, None, None),
-            ]
-            add("facts", records("-m benchmarks.facts", figures))
+    for adapter in options.adapters:
+        for kind in options.texts:
+            command = f"-m benchmarks.facts --tokens {options.tokens} --texts {kind} --adapters {adapter}"
+            add("facts", records(command, measure(kind, adapter, options.tokens)))
