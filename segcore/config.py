@@ -148,6 +148,9 @@ class SegmentedConfig(RetrievalConfig):
 
     selection: "global": the selectors together choose for all readers; "cell": each reader chooses its own.
     index: how "global" searches: "lowrank", candidates first, or "exhaustive", every key at each refresh.
+    question_tokens: with "global", the latest queries of the window that choose inside a segment, as at turn marks: a
+        question's own. Those of the text before it look for their like, and of that a long past has more than there is
+        room for.
     tail_tokens: M, tokens before the segment that a local cell sees.
     block_tokens: with "global", retrieved tokens come in stream-aligned blocks of this many.
     readers: the cells that read retrieved tokens; None means every cell that isn't in segment_only.
@@ -157,6 +160,7 @@ class SegmentedConfig(RetrievalConfig):
     policy: ClassVar[str] = "segmented"
     selection: Literal["global", "cell"] = "global"
     index: Literal["lowrank", "exhaustive"] = "lowrank"
+    question_tokens: int = 24
     tail_tokens: int = 512
     block_tokens: int = 16
     readers: tuple[Cell, ...] | None = None
@@ -166,7 +170,7 @@ class SegmentedConfig(RetrievalConfig):
         super().__post_init__()
         self._normalise_cells("readers", "segment_only")
         _require_at_least(self, 0, "tail_tokens")
-        _require_at_least(self, 1, "block_tokens")
+        _require_at_least(self, 1, "block_tokens", "question_tokens")
         if self.selection not in ("global", "cell"):
             raise ConfigError(f"selection={self.selection!r} must be 'global' or 'cell'")
         if self.index not in ("lowrank", "exhaustive"):

@@ -89,4 +89,7 @@ class SegmentedPolicy(RetrievingPolicy[SegmentedConfig]):
 
     def looking(self, state: State) -> list[Tensor]:
         """The query windows that `global` scores by, one per selector."""
-        return state.queries if self.query_maps is None else self.query_maps(state.queries)
+        latest = state.queries
+        if state.filled:
+            latest = [q_GWD[:, -self.config.question_tokens :] for q_GWD in latest]
+        return latest if self.query_maps is None else self.query_maps(latest)

@@ -38,8 +38,8 @@ MATRIX = {
     "segmented": tiny_segment(),
     "segmented-some-readers": tiny_segment(readers=(Cell(0, 0), Cell(1, 0), Cell(1, 1))),
     "segmented-no-sinks": tiny_segment(sink_tokens=0, reader_tail_tokens=0),
-    "segmented-refreshing": tiny_segment(refresh_tokens=5),
-    "segmented-rereading": tiny_segment(reread_tokens=6),
+    "segmented-refreshing": tiny_segment(refresh_tokens=5, question_tokens=3),
+    "segmented-rereading": tiny_segment(reread_tokens=6, question_tokens=2),
     "segmented-long-tail": tiny_segment(segment_tokens=8, tail_tokens=20, reader_tail_tokens=12),
     "segmented-local-only": tiny_segment(retrieved_tokens=0, selectors=()),
     "segmented-paper": tiny_segment(

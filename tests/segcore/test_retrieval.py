@@ -5,7 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from segcore.config import CacheConfig
+from segcore.engine.runner import Runner
+from segcore.pastkv.manager import PastKVManager
 from segcore.retrieval import NEIGHBOUR_MARGIN, choose_blocks, score_tokens
+from tests.conftest import tiny_segment
 
 
 def literal_scores(queries, keys, scale):
@@ -167,3 +171,18 @@ def test_scores_accumulate_in_at_least_fp32(dtype, wide):
 def test_selectors_and_keys_must_match_in_number():
     with pytest.raises(ValueError, match="zip"):
         score_tokens([torch.ones(1, 1, 4)] * 2, [torch.ones(1, 3, 4)], 1.0)
+
+
+def test_inside_a_segment_a_questions_own_queries_choose(tiny_lm):
+    """And where a segment starts all of the window's."""
+    runner = Runner(tiny_lm, tiny_segment(question_tokens=3))
+    state, past = runner.begin(), PastKVManager(CacheConfig()).open_stream(runner.policy.layout)
+    windows = {}
+    with torch.inference_mode():
+        for count in (16, 16, 5):
+            runner.advance(torch.arange(count), state, past)
+            windows[state.length] = runner.policy.looking(state)
+    assert [q.shape[1] for q in windows[32]] == [6, 6]
+    assert [q.shape[1] for q in windows[37]] == [3, 3]
+    for q_GWD, latest_GWD in zip(windows[37], state.queries, strict=True):
+        assert torch.equal(q_GWD, latest_GWD[:, -3:])
