@@ -271,8 +271,9 @@ def measure(kind: str, adapter: str, tokens: int) -> Iterator[Figure]:
     name, count = f"{kind}_{tokens}_{ARMS[adapter]}", f"of {len(answered)}"
     yield f"{name}_right", sum(reply.right for reply in answered), count, None, None
     yield f"{name}_retrieved", sum(reply.took == 1 for reply in answered), count, None, None
-    yield f"{name}_prefill", max(reading.memory) / reading.seconds, "tokens/s", None, None
-    yield f"{name}_memory", reading.growth(), "of that after an eighth", None, None
+    if tokens >= 8 * STEP:
+        yield f"{name}_prefill", max(reading.memory) / reading.seconds, "tokens/s", None, None
+        yield f"{name}_memory", reading.growth(), "of that after an eighth", None, None
 
 
 if __name__ == "__main__":
