@@ -26,7 +26,7 @@ def run_locally(config: TrainConfig, console: Console, *, resume: bool = False, 
         command += ["--resume"] if resume else []
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             assert process.stdout is not None
-            before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+            before = signal.signal(signal.SIGTERM, _interrupt)
             try:
                 status = follow(process.stdout, console, log.write)
                 for line in process.stdout:
@@ -37,6 +37,11 @@ def run_locally(config: TrainConfig, console: Console, *, resume: bool = False, 
             finally:
                 signal.signal(signal.SIGTERM, before)
         return status or process.returncode
+
+
+def _interrupt(*_: object) -> None:
+    """Not by way of SIGINT, which what runs in a shell's background may ignore."""
+    raise KeyboardInterrupt
 
 
 class Jobs(jobs.Jobs):
