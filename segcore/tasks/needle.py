@@ -80,13 +80,12 @@ class Needle:
         return Item(name=f"{self.name} {seed}", task=self.name, document=document, turns=turns, facts=told)
 
     def _facts(self, source: Source) -> list[_Fact]:
-        forms, shared = self._drawn(source), dict[str, list[str]]()
+        keys: dict[str, list[str]] = {}
         facts = []
-        for form in forms:
-            keys = source.different(form.key, self.keys)
-            if self.composed:
-                keys = shared.setdefault(form.key, keys)
-            facts += [_Fact(form, key, tuple(source.different(form.value, self.values))) for key in keys]
+        for form in self._drawn(source):
+            if not self.composed or form.key not in keys:
+                keys[form.key] = source.different(form.key, self.keys)
+            facts += [_Fact(form, key, tuple(source.different(form.value, self.values))) for key in keys[form.key]]
         return facts
 
     def _drawn(self, source: Source) -> list[Form]:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from segcore.errors import AlreadyExists
 from services import jobs
+from services.processes import end
 from services.training.config import TrainConfig
 from services.training.follow import follow
 from services.training.train import check_start
@@ -32,7 +33,7 @@ def run_locally(config: TrainConfig, console: Console, *, resume: bool = False, 
                 for line in process.stdout:
                     log.write(line)
             except BaseException:
-                process.terminate()
+                end(process)
                 raise
             finally:
                 signal.signal(signal.SIGTERM, before)

@@ -6,7 +6,6 @@ import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
@@ -154,7 +153,7 @@ class TaskSource(Source):
         self._weights = [task.weight for task in config.tasks]
         self.report = SourceReport()
         for task in config.tasks:
-            self._fitting(task, min(config.lengths), "first")
+            self._fitting(task, min(config.lengths), "first", random.Random(seed))
 
     def size(self, number: int) -> int:
         return 4 * self._length(number)
@@ -165,7 +164,7 @@ class TaskSource(Source):
         item = self._fitting(chosen, self._length(number), str(number), rng)
         return self._maker.item(item.name, item, self._config.loss or "answers")
 
-    def _fitting(self, task: TaskConfig, length: int, name: str, rng: random.Random | None = None) -> Item:
+    def _fitting(self, task: TaskConfig, length: int, name: str, rng: random.Random) -> Item:
         frame, turn = frame_tokens(self._maker.text, self._maker.chat)
         room = Room(
             split=self._config.split,
@@ -175,11 +174,13 @@ class TaskSource(Source):
             frame_tokens=frame,
             turn_tokens=turn,
         )
-        rng = rng or random.Random(f"{self._seed} task {name}")
-        for seed in (name, *(f"{name} again {i}" for i in range(2, ATTEMPTS))):
-            with suppress(ConfigError):
-                return draw_task(task.task, task.options, rng).make(room, f"{self._seed} {seed}")
-        return draw_task(task.task, task.options, rng).make(room, f"{self._seed} {name} at last")
+        for attempt in range(ATTEMPTS):
+            seed = f"{self._seed} {name}" + (f" again {attempt}" if attempt else "")
+            try:
+                return draw_task(task.task, task.options, rng).make(room, seed)
+            except ConfigError as error:
+                fault = error
+        raise fault
 
     def digest(self) -> bytes:
         return self._haystack.digest.encode()

@@ -22,7 +22,8 @@ from segcore.errors import ConfigError
 from segcore.weights import load_model
 from services import study as studies
 from services.cli import main
-from services.study import Study, Work, end, figures, merged, scaled
+from services.processes import end
+from services.study import Study, Work, figures, merged, scaled
 from services.training import train
 from tests.services.training.conftest import SEGMENT
 

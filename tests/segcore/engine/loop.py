@@ -11,9 +11,8 @@ from segcore.model import CausalLM
 from segcore.pastkv.manager import PastKVManager
 from segcore.sampling import SamplingParams
 from segcore.segments import tokens_to_next_cut
-from tests.conftest import VOCABULARY, tiny_segment
+from tests.conftest import tiny_segment
 
-STREAM = torch.randint(0, VOCABULARY, (90,), generator=torch.Generator().manual_seed(5)).tolist()
 BLOCK_BYTES = 16 * 4 * 2 * 8 * 8  # tokens x cells x (keys, values) x dimensions x fp64
 
 

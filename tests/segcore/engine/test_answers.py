@@ -6,8 +6,8 @@ import pytest
 
 from segcore.config import CacheConfig
 from tests.conftest import tiny_segment
-from tests.segcore.engine.loop import BLOCK_BYTES, STREAM, by_hand
-from tests.segcore.engines import SECONDS, answer, generation
+from tests.segcore.engine.loop import BLOCK_BYTES, by_hand
+from tests.segcore.engines import SECONDS, STREAM, answer, generation
 
 
 @pytest.mark.parametrize("piece", [1, 7, 90])

@@ -15,8 +15,7 @@ from segcore.errors import (
     NotFound,
 )
 from tests.conftest import VOCABULARY
-from tests.segcore.engine.loop import STREAM
-from tests.segcore.engines import SECONDS, answer, generation
+from tests.segcore.engines import SECONDS, STREAM, answer, generation
 
 
 def test_an_answer_ends_when_told_to(make_engine):

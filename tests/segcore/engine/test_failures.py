@@ -15,8 +15,8 @@ from segcore.errors import (
 )
 from segcore.pastkv.session import SessionPast
 from segcore.sampling import SamplingParams
-from tests.segcore.engine.loop import BLOCK_BYTES, STREAM, by_hand
-from tests.segcore.engines import SECONDS, answer, ask, at_rest
+from tests.segcore.engine.loop import BLOCK_BYTES, by_hand
+from tests.segcore.engines import SECONDS, STREAM, answer, ask, at_rest
 
 
 def test_full_tiers_end_one_session_and_no_other(make_engine, tmp_path):

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from segcore.config import CacheConfig, SegmentConfig
 from segcore.model import CausalLM
 from tests.conftest import tiny_model, tiny_segment
+from tests.segcore.engine.loop import BLOCK_BYTES
 from tests.segcore.engines import SECONDS, STREAM, answer, at_rest, engine_of
 
 
@@ -25,8 +26,7 @@ class Sessions(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         Sessions.lm = Sessions.lm or CausalLM(tiny_model())
-        block = 16 * 4 * 2 * 8 * 8
-        self.engine = engine_of(Sessions.lm, slots=2, slot_steps=2, cache=CacheConfig(host_bytes=200 * block))
+        self.engine = engine_of(Sessions.lm, slots=2, slot_steps=2, cache=CacheConfig(host_bytes=200 * BLOCK_BYTES))
         self.streams: dict[str, list[int]] = {}
         self.marks: dict[str, set[int]] = {}
         self.count = 0

@@ -13,6 +13,7 @@ from segcore.errors import (
     Cancelled,
 )
 from segcore.pastkv.session import SessionPast
+from tests.segcore.engine.loop import BLOCK_BYTES
 from tests.segcore.engines import SECONDS, STREAM, answer, at_rest, fill
 
 
@@ -111,7 +112,6 @@ def test_an_answer_right_after_adopted_segments(make_engine):
 
 def test_what_the_next_refresh_may_need_is_read_while_the_model_runs(make_engine, tmp_path, monkeypatch):
     """Little host memory: most blocks are on disk alone, and a close finds some of its rows in memory already."""
-    block = 16 * 4 * 2 * 8 * 8
     asked: list[torch.Tensor] = []
     prefetch = SessionPast.prefetch
 
@@ -120,7 +120,7 @@ def test_what_the_next_refresh_may_need_is_read_while_the_model_runs(make_engine
         prefetch(past, positions)
 
     monkeypatch.setattr(SessionPast, "prefetch", noted)
-    engine = make_engine(cache=CacheConfig(directory=tmp_path, host_bytes=6 * block))
+    engine = make_engine(cache=CacheConfig(directory=tmp_path, host_bytes=6 * BLOCK_BYTES))
     engine.open("s")
     fill(engine, "s", STREAM)
     assert asked

@@ -10,8 +10,7 @@ from segcore.errors import (
     Cancelled,
     ConfigError,
 )
-from tests.segcore.engine.loop import STREAM
-from tests.segcore.engines import SECONDS, answer, ask, at_rest, engine_of, turns
+from tests.segcore.engines import SECONDS, STREAM, answer, ask, at_rest, engine_of, turns
 
 
 def test_a_long_prefill_does_not_hold_up_another_answer(make_engine):

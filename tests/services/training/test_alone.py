@@ -15,7 +15,7 @@ from services.training.alone import fit_alone, ranked
 from services.training.config import TrainConfig
 from services.training.folders import Progress, checkpoints, latest
 from services.training.metrics import LINES, read_lines
-from tests.services.cluster import wait_for
+from tests.services.cluster import end, wait_for
 from tests.services.training.conftest import Alone
 
 
@@ -84,17 +84,20 @@ def test_what_one_worker_alone_refuses_is_told_and_not_that_it_left(written, mon
 
 
 @pytest.mark.slow
-def test_a_command_that_is_ended_ends_its_run(written, tmp_path):
-    file = written(steps=10**6, evaluation=None)
+def test_a_command_that_is_ended_ends_its_run(written):
+    file = written(steps=10**6, evaluation=None, workers={"count": 2, "threads": 1})
     command = subprocess.Popen(
         [sys.executable, "-m", "services.cli", "train", str(file), "--no-ray"], stdout=subprocess.PIPE, text=True
     )
-    wait_for(lambda: "step 2" in command.stdout.readline())
-    run = psutil.Process(command.pid).children(recursive=True)
-    assert run
-    command.terminate()
-    command.communicate(timeout=30)
-    assert not psutil.wait_procs(run, 30)[1]
+    try:
+        wait_for(lambda: "step 2" in command.stdout.readline())
+        run = psutil.Process(command.pid).children(recursive=True)
+        assert len(run) > 2
+        command.terminate()
+        command.communicate(timeout=30)
+        assert not psutil.wait_procs(run, 30)[1]
+    finally:
+        end(command)
 
 
 def test_the_command_says_how_it_ended(written, monkeypatch, capsys):
