@@ -84,7 +84,7 @@ class Part:
         self, runner: Runner, kind: Kind, sums: GradientSums, shelf: Shelf, embedded_TC: Tensor, like: Tensor
     ) -> None:
         """embedded_TC, like: such as passes are given, of tokens and of a window's rows."""
-        self._runner, self._kind, self._sums, self._shelf = runner, kind, sums, shelf
+        self._runner, self._kind, self._sums, self._shelf, self._leaves = runner, kind, sums, shelf, sums.leaves()
         windows = list(chain(*kind.windows))
         self._rooms, self._heads = [room.rows for room in windows], [len(room.heads) for room in windows]
         self._groups = tuple(tuple(i for i, w in enumerate(windows) if w.view == view) for view in range(kind.views))
@@ -178,9 +178,9 @@ class Part:
 
     def _backward(self, *, inputs_alone: bool) -> None:
         inputs = [self._embedded, *self._rows]
-        with torch.enable_grad():
+        with torch.enable_grad(), self._leaves.in_place():
             made = self._differentiable(self._run())
-            leaves = inputs if inputs_alone else [*inputs, *self._sums.parameters]
+            leaves = inputs if inputs_alone else [*inputs, *self._leaves.tensors]
             found = torch.autograd.grad(made, leaves, self._given, allow_unused=True)
         self._found[inputs_alone] = list(found[: len(inputs)])
         self._sums.add(found[len(inputs) :])

@@ -21,9 +21,13 @@ class GradientSums:
     """Gradients of a model's parameters, summed where graphs find them, in fp32 at least."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         wide = [torch.promote_types(p.dtype, torch.float32) for p in self.parameters]
         self._sums = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(self.parameters, wide, strict=True)]
+
+    def leaves(self) -> Leaves:
+        return Leaves(self.model, self.parameters)
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """One of each parameter; or none at all, where nobody asked for them."""
@@ -37,6 +41,31 @@ class GradientSums:
         for total in self._sums:
             total.zero_()
         return found
+
+
+class Leaves:
+    """A model's parameters, in the same memory, as leaves of a recording's own.
+
+    A parameter's node in autograd is on the stream where a graph that lives first met it, and a backward pass that is
+    recorded on another may not wait for that.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self.tensors = [nn.Parameter(p.detach()) for p in parameters]
+        mine = dict(zip(map(id, parameters), self.tensors, strict=True))
+        held = [(module._parameters, name, p) for module in model.modules() for name, p in module._parameters.items()]
+        self._places = [(holder, name, p, mine[id(p)]) for holder, name, p in held if id(p) in mine]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model's passes within are over these."""
+        for holder, name, _, mine in self._places:
+            holder[name] = mine
+        try:
+            yield
+        finally:
+            for holder, name, parameter, _ in self._places:
+                holder[name] = parameter
 
 
 class _OfHeads(Protocol):

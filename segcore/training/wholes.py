@@ -58,7 +58,7 @@ class Whole:
     def __init__(
         self, runner: Runner, kind: Kind, sums: GradientSums, embedded_TC: Tensor, prefixes: list[Tensor]
     ) -> None:
-        self._runner, self._kind, self._sums = runner, kind, sums
+        self._runner, self._kind, self._sums, self._leaves = runner, kind, sums, sums.leaves()
         self._inputs = [embedded_TC.requires_grad_(), *prefixes]
         self._made: list[Tensor] = []
         self._given: list[Tensor] = []
@@ -117,12 +117,14 @@ class Whole:
     def _forward(self) -> None:
         body = cast(nn.Module, self._runner.model.model.base_model)
         attend = _Attention(self._runner, self._kind, self._inputs[1:])
-        made = body(inputs_embeds=self._inputs[0][None], use_cache=False, segcore_attend=[attend])
+        with self._leaves.in_place():
+            made = body(inputs_embeds=self._inputs[0][None], use_cache=False, segcore_attend=[attend])
         self._made = [made.last_hidden_state[0], *attend.end()]
 
     def _backward(self, *, inputs_alone: bool) -> None:
-        leaves = self._inputs if inputs_alone else [*self._inputs, *self._sums.parameters]
-        found = torch.autograd.grad(self._differentiable, leaves, self._given, retain_graph=True, allow_unused=True)
+        leaves = self._inputs if inputs_alone else [*self._inputs, *self._leaves.tensors]
+        with self._leaves.in_place():  # layers that are checkpointed run again
+            found = torch.autograd.grad(self._differentiable, leaves, self._given, retain_graph=True, allow_unused=True)
         self._found[inputs_alone] = list(found[: len(self._inputs)])
         self._sums.add(found[len(self._inputs) :])
 

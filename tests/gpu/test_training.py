@@ -23,13 +23,15 @@ POLICIES = {
 MARKS = {"document": (24,), "chat": (5, 20, 24, 29, 39, 50, 52, 60, 70, 77, 84, 90, 95, 100)}
 
 
-def learnt(device: str, dtype: torch.dtype, config, marks, **options) -> tuple[float, torch.Tensor]:
-    """Its loss, and all gradients in a row."""
+def learnt(device: str, dtype: torch.dtype, config, marks, *, beside=False, **options) -> tuple[float, torch.Tensor]:
+    """Its loss, and all gradients in a row. beside: a graph over the same parameters lives meanwhile."""
     lm = CausalLM(tiny_model(dtype=dtype).to(device))
     lm.model.requires_grad_(True)
+    alive = lm.model(STREAM[None, :8].to(device)).logits if beside else None
     trainer = SegmentedTrainer(lm, config, attention="sdpa", **options)
     stream = TrainingStream("s", STREAM[:105], marks=marks)
     loss = trainer.loss_and_grad(stream, stream.valid_tokens)
+    del alive
     return loss.total, torch.cat([p.grad.flatten().cpu().double() for p in trainer.parameters])
 
 
@@ -42,5 +44,15 @@ def test_gradients_are_those_of_the_host(policy, marks, k, checkpoint_layers, re
     options = {"k": k, "checkpoint_layers": checkpoint_layers, "marks": MARKS[marks]}
     loss, gradient = learnt(DEVICE, torch.float32, POLICIES[policy], record=record, **options)
     exact_loss, exact = learnt("cpu", torch.float64, POLICIES[policy], **options)
+    assert loss == pytest.approx(exact_loss, rel=1e-4)
+    assert (gradient - exact).norm() < 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("k", [0, 1])
+@pytest.mark.parametrize("marks", MARKS)
+def test_passes_are_recorded_while_another_graph_lives(marks, k):
+    options = {"k": k, "marks": MARKS[marks]}
+    loss, gradient = learnt(DEVICE, torch.float32, POLICIES["segmented"], record=True, beside=True, **options)
+    exact_loss, exact = learnt("cpu", torch.float64, POLICIES["segmented"], **options)
     assert loss == pytest.approx(exact_loss, rel=1e-4)
     assert (gradient - exact).norm() < 1e-3 * exact.norm()
