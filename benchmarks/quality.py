@@ -1,7 +1,9 @@
 """The quality study's figures, of what `segcore study` has told: `python -m benchmarks.quality studies/quality`.
 
 Scores are in percent, of as many items as there are; the perplexity is that of positions 4,096 to 8,191, divided by the
-full arm's. Run where the study ran, for figures bear the machine's name.
+full arm's. Each item's score, by where its fact stands, goes to results/raw/quality.json, of which
+`python -m benchmarks.quality_picture` makes docs/quality.png. Figures bear the machine's name: run it where the study
+ran, or say which that was.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +70,40 @@ def mean(cells: Cells, task: str, lengths: tuple[int, ...]) -> float:
     return 100 * sum(cells[task, length]["score"]["mean"] for length in lengths) / len(lengths)
 
 
+def by_depth(study: Path, arms: Sequence[str]) -> dict[str, list[tuple[str, int, float, float]]]:
+    """Of each arm's needles: task, length, where the fact stands, score."""
+    found: dict[str, list[tuple[str, int, float, float]]] = {arm: [] for arm in arms}
+    for file in sorted(study.glob("evaluations/*/results.jsonl")):
+        for line in file.read_text().splitlines():
+            item = json.loads(line)
+            if item["arm"] in found and "depth" in item.get("facts", ()):
+                depth = round(item["facts"]["depth"], 3)
+                found[item["arm"]].append((item["task"], item["length"], depth, item["score"]))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality")
     parser.add_argument("study", type=Path, help="the study's folder")
-    parser.add_argument("--arm", default="ours")
+    parser.add_argument("--arm", default="mismatch")
     parser.add_argument("--control", default="full")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--machine", help="where the study ran, if elsewhere")
+    parser.add_argument("--torch", help="its version of torch")
     options = parser.parse_args()
     told = json.loads((options.study / "study.json").read_text())
     command = f"segcore study examples/study/quality.yaml, arm {options.arm}"
     made = records(command, figures(told, options.arm, options.control))
+    if options.machine:
+        made = [record | {"machine": options.machine} for record in made]
+    if options.torch:
+        made = [record | {"versions": record["versions"] | {"torch": options.torch}} for record in made]
     for record in made:
         print(f"{record['name']:12} {record['value']:7.2f} {record['unit']} ({record['target']}; {record['peer']})")
     add("quality", made, options.results)
+    raw = options.results / "raw" / "quality.json"
+    raw.parent.mkdir(exist_ok=True)
+    raw.write_text(json.dumps(by_depth(options.study, (options.control, options.arm))) + "\n")
 
 
 if __name__ == "__main__":
