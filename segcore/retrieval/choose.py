@@ -1,9 +1,10 @@
 """Choosing the retrieved prefix: which past tokens the reader cells see next (design, section 6, `global`).
 
-In two steps. By their largest dot products some blocks are nominated, several for each that is chosen. Of these, tokens
-are judged by the shares of attention that the window's queries would pay them: a query that likes every key somewhat,
-as most of a question's words do, says nothing so, and one that knows what it looks for decides. Largest products
-alone miss every third fact in 30,000 tokens (docs/lab-log.md, "judging by shares").
+In two steps. By their largest dot products, less what a query likes of keys here and there, some blocks are nominated,
+several for each that is chosen. Of these, tokens are judged by the shares of attention that the window's queries would
+pay them. A query that likes every key somewhat, as most of a question's words do, says nothing so, and one that knows
+what it looks for decides. Largest products alone miss every third fact in 30,000 tokens (docs/lab-log.md, "judging by
+shares").
 
 Shapes: C selectors, G query heads of a selector, W tokens of the query window, N past tokens, n some of them, B blocks,
 b tokens of a block, D head dimension.
@@ -22,22 +23,35 @@ from torch import Tensor
 NEIGHBOUR_MARGIN = 1e-3
 
 
-def score_pieces(queries_GWD: Sequence[Tensor], keys: Iterable[Tensor], scale: float) -> Iterator[Tensor]:
+def levels_of(queries_CGWD: Sequence[Tensor], keys_CnD: Tensor, scale: float) -> Tensor:
+    """What each query likes of some keys: levels_CGW, the logarithm of its summed exponentials; in fp32 (fp64 for fp64
+    models)."""
+    wide = torch.promote_types(queries_CGWD[0].dtype, torch.float32)
+    pairs = zip(queries_CGWD, keys_CnD, strict=True)
+    return torch.stack([(q_GWD.to(wide) @ k_nD.to(wide).T * scale).logsumexp(dim=-1) for q_GWD, k_nD in pairs])
+
+
+def score_pieces(
+    queries_GWD: Sequence[Tensor], keys: Iterable[Tensor], scale: float, levels_CGW: Tensor | None = None
+) -> Iterator[Tensor]:
     """Score past tokens by the selectors' query windows, piece by piece, so that memory doesn't depend on N.
 
     A token's score is the sum, over the selectors' query heads, of its key's largest dot product with any query of
-    the window, times `scale`; in fp32 (fp64 for fp64 models), unaveraged, before RoPE.
+    the window, times `scale`, less the query's level; in fp32 (fp64 for fp64 models), unaveraged, before RoPE.
 
     queries_GWD: one window per selector. keys: pieces of the past in stream order, [selectors, n, D] each, read once.
-    Yields scores_n.
+    levels_CGW: see `levels_of`; None: zero. Yields scores_n.
     """
     wide = torch.promote_types(queries_GWD[0].dtype, torch.float32)
     queries = [q.to(wide) for q in queries_GWD]
     for piece in keys:
         score = torch.zeros((), dtype=wide, device=queries[0].device)
-        for q_GWD, key_nD in zip(queries, piece, strict=True):
+        for i, (q_GWD, key_nD) in enumerate(zip(queries, piece, strict=True)):
             similarity = q_GWD.flatten(0, 1) @ key_nD.to(device=q_GWD.device, dtype=wide).T
-            score = score + similarity.unflatten(0, q_GWD.shape[:2]).amax(dim=1).sum(dim=0)
+            similarity = similarity.unflatten(0, q_GWD.shape[:2])
+            if levels_CGW is not None:
+                similarity = similarity - levels_CGW[i, :, :, None] / scale
+            score = score + similarity.amax(dim=1).sum(dim=0)
         yield score * scale
 
 

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from segcore.retrieval.base import KeyIndex
-from segcore.retrieval.choose import best_of_blocks, choose_positions, log_shares, nominate, score_pieces
+from segcore.retrieval.choose import best_of_blocks, choose_positions, levels_of, log_shares, nominate, score_pieces
 from segcore.retrieval.pages import PAGE_ROWS, Pages
+
+# By levels of so many the worst of forty facts' blocks comes 107th among 297,000 candidates; of all keys 69th; by
+# products alone 479th.
+LEVEL_KEYS = 4096
 
 
 class ExhaustiveIndex(KeyIndex):
@@ -42,6 +46,11 @@ class ExhaustiveIndex(KeyIndex):
         best_B = best_B.index_copy(0, blocks_B, shares_n.view(-1, spec.block).amax(dim=1))
         return choose_positions(best_B, first=first, stop=stop, tokens=tokens, block=spec.block)
 
+    def levels(self, queries_CGWD: Sequence[Tensor], *, first: int, stop: int) -> Tensor:
+        """What each query likes of keys that are spread evenly over [first, stop), [C, G, W]."""
+        positions_n = torch.arange(first, stop, -(-(stop - first) // LEVEL_KEYS), device=self._spec.device)
+        return levels_of(queries_CGWD, self._gather(positions_n), self._spec.head_dim**-0.5)
+
     def _start(self) -> None:
         spec, shape = self._spec, (self._spec.selectors, self._segment, self._spec.head_dim)
         device_rows = spec.device_budget_bytes // (math.prod(shape) * spec.dtype.itemsize)
@@ -54,7 +63,8 @@ class ExhaustiveIndex(KeyIndex):
     def _search(self, queries_CGWD: Sequence[Tensor], *, first: int, stop: int, tokens: int) -> Tensor:
         blocks_B = self._all_nominated(first=first, stop=stop, tokens=tokens)
         if blocks_B is None:
-            scores = score_pieces(queries_CGWD, self.keys(queries_CGWD[0].shape[:2].numel()), self._spec.head_dim**-0.5)
+            keys, scale = self.keys(queries_CGWD[0].shape[:2].numel()), self._spec.head_dim**-0.5
+            scores = score_pieces(queries_CGWD, keys, scale, self.levels(queries_CGWD, first=first, stop=stop))
             best_B = best_of_blocks(scores, first=first, stop=stop, block=self._spec.block)
             blocks_B = nominate(best_B, self._most(tokens))
         return self.judge(queries_CGWD, blocks_B, first=first, stop=stop, tokens=tokens)

@@ -78,7 +78,9 @@ class LowRankIndex(KeyIndex):
         blocks_B = self._all_nominated(first=first, stop=stop, tokens=tokens)
         if blocks_B is not None:
             return self._exact.judge(queries_CGWD, blocks_B, first=first, stop=stop, tokens=tokens)
-        best_B = best_of_blocks(self._estimates(queries_CGWD), first=first, stop=stop, block=self._spec.block)
+        levels_CGW = self._exact.levels(queries_CGWD, first=first, stop=stop)
+        estimates = self._estimates(queries_CGWD, levels_CGW / self._spec.head_dim**-0.5)
+        best_B = best_of_blocks(estimates, first=first, stop=stop, block=self._spec.block)
         # The margin by which neighbours lend is one of scores.
         blocks_B = nominate(best_B * self._spec.head_dim**-0.5, self._most(tokens))
         chosen = self._exact.judge(queries_CGWD, blocks_B, first=first, stop=stop, tokens=tokens)
@@ -97,8 +99,8 @@ class LowRankIndex(KeyIndex):
         if self._segment:
             self._codes, self._decoders = self._codes.fork(), self._decoders.fork()
 
-    def _estimates(self, queries_CGWD: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Estimated scores in stream order, in pieces, before their scaling."""
+    def _estimates(self, queries_CGWD: Sequence[Tensor], levels_CGW: Tensor) -> Iterator[Tensor]:
+        """Estimated scores in stream order, in pieces, before their scaling, and so are the levels."""
         queries = torch.stack(list(queries_CGWD)).to(self._compute)
         heads = queries.shape[1:3]
         step = self._step(self._spec.selectors * heads.numel() * self._segment)
@@ -106,11 +108,13 @@ class LowRankIndex(KeyIndex):
             q_PCMK = queries.flatten(1, 2) @ decoders_PCDK.to(self._spec.device, non_blocking=True)
             codes = codes_PCKN.to(self._spec.device, non_blocking=True)
             if can_scan(codes):
-                yield scan(q_PCMK.unflatten(2, heads), codes).flatten()
+                yield scan(q_PCMK.unflatten(2, heads), codes, levels_CGW).flatten()
                 continue
             for q, c in zip(q_PCMK.split(step), codes.split(step), strict=True):
                 similarity = torch.bmm(q.flatten(0, 1), c.to(self._compute).flatten(0, 1))
-                best_PCGN = _window_max(similarity.unflatten(1, heads)).unflatten(0, q.shape[:2])
+                similarity = similarity.view(*q.shape[:2], *heads, -1)
+                similarity -= levels_CGW[..., None].to(self._compute)
+                best_PCGN = _window_max(similarity.flatten(0, 1)).unflatten(0, q.shape[:2])
                 yield best_PCGN.sum(dim=(1, 2), dtype=torch.float32).flatten()
 
 

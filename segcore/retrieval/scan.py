@@ -25,22 +25,24 @@ def can_scan(codes: Tensor) -> bool:
     return triton is not None and codes.is_cuda
 
 
-def scan(q_PCGWK: Tensor, codes_PCKN: Tensor) -> Tensor:
-    """Each token's best similarity over the window, summed over selectors and heads: [P, N], fp32."""
+def scan(q_PCGWK: Tensor, codes_PCKN: Tensor, levels_CGW: Tensor) -> Tensor:
+    """Each token's best similarity over the window, less the query's level, summed over selectors and heads: [P, N],
+    fp32."""
     segments, selectors, group, window, rank = q_PCGWK.shape
     tokens = codes_PCKN.shape[-1]
     out_PN = torch.empty((segments, tokens), dtype=torch.float32, device=codes_PCKN.device)
-    q, codes = q_PCGWK.contiguous(), codes_PCKN.contiguous()
+    q, codes, levels = q_PCGWK.contiguous(), codes_PCKN.contiguous(), levels_CGW.float().contiguous()
     # A tile of tl.dot has at least 16 rows and columns, and powers of two.
     sides = [max(16, 1 << (size - 1).bit_length()) for size in (window, rank)]
     grid = (segments, -(-tokens // _BLOCK_N))
-    _scan[grid](q, codes, out_PN, selectors, group, window, rank, tokens, *sides, _BLOCK_N)
+    _scan[grid](q, codes, levels, out_PN, selectors, group, window, rank, tokens, *sides, _BLOCK_N)
     return out_PN
 
 
 def _scan_tile(  # type: ignore[no-untyped-def]
     q,
     codes,
+    levels,
     out,
     selectors,
     group,
@@ -64,7 +66,8 @@ def _scan_tile(  # type: ignore[no-untyped-def]
             q_rows = q + ((selector * group + g) * window + w[:, None]) * rank + k[None, :]
             q_tile = tl.load(q_rows, mask=(w[:, None] < window) & (k[None, :] < rank), other=0.0)
             similarity = tl.dot(q_tile, code_tile.to(q_tile.dtype), input_precision="ieee")
-            best += tl.max(tl.where(w[:, None] < window, similarity, float("-inf")), axis=0)
+            level = tl.load(levels + (c * group + g) * window + w, mask=w < window, other=float("inf"))
+            best += tl.max(similarity - level[:, None], axis=0)
     tl.store(out + segment * tokens + n, best, mask=n < tokens)
 
 

@@ -1,4 +1,4 @@
-"""The scan of an index in one pass: torch's own products and maxima, on fresh inputs of every shape."""
+"""The scan of an index in one pass: torch's own products, levels and maxima, on fresh inputs of every shape."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from segcore.retrieval.scan import can_scan, scan
 def test_a_scan_is_the_sum_of_the_best_similarities(window, rank, tokens, selectors, group, dtype):
     q = torch.randn(5, selectors, group, window, rank, device="cuda", dtype=dtype)
     codes = torch.randint(-127, 128, (5, selectors, rank, tokens), device="cuda", dtype=torch.int8)
+    levels = 100 * torch.randn(selectors, group, window, device="cuda")
     assert can_scan(codes)
-    similarity = q.double().flatten(2, 3) @ codes.double()
-    want = similarity.unflatten(2, (group, window)).amax(dim=3).sum(dim=(1, 2))
-    error = (scan(q, codes).double() - want).abs().max() / want.abs().max()
+    similarity = (q.double().flatten(2, 3) @ codes.double()).unflatten(2, (group, window))
+    want = (similarity - levels[..., None]).amax(dim=3).sum(dim=(1, 2))
+    error = (scan(q, codes, levels).double() - want).abs().max() / want.abs().max()
     assert error < 1e-5
