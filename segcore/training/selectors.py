@@ -4,8 +4,8 @@ At a choice, the loss is minus the log of the softmax mass that the scores put o
 tokens these are; elsewhere the model's own full attention tells, on streams that are short enough for it: what the
 tokens up to the next choice pay to each candidate. Only candidates count, since the others are seen anyway.
 
-The scores are the products by which serving nominates, without levels. No gradient passes to the model: queries and keys
-are taken as they are. So it takes no graph of the model, and is taken once for each choice, when it is made.
+The scores are the products by which serving nominates, without levels. No gradient passes to the model: queries and
+keys are taken as they are. So it takes no graph of the model, and is taken once for each choice, when it is made.
 
 Shapes: N candidates, C selectors, G query heads of a selector, W tokens of the query window, T tokens of a stream,
 t of a part, H KV heads, D head dimension.
