@@ -157,7 +157,7 @@ class SegmentedConfig(RetrievalConfig):
         question's own. Those of the text before it look for their like, and of that a long past has more than there is
         room for.
     reread_retrieved: with "global", what a turn mark retrieves is run again first, as a text of its own behind the
-        sinks, and seen as this reading leaves it: a small model binds less in a long text than in a short one.
+        sinks, and seen as this reading leaves it.
     tail_tokens: M, tokens before the segment that a local cell sees.
     block_tokens: with "global", retrieved tokens come in stream-aligned blocks of this many.
     readers: the cells that read retrieved tokens; None means every cell that isn't in segment_only.
