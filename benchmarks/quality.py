@@ -59,8 +59,8 @@ def figures(told: dict[str, Any], arm: str, control: str) -> Iterator[Figure]:
 
 
 def cells_of(told: dict[str, Any], arm: str) -> Cells:
-    """Of an arm, and of "ARM-more", and for "ours" of "million"."""
-    names = [arm, f"{arm}-more", *(["million"] if arm == "ours" else [])]
+    """Of an arm, and of "ARM-more" and "ARM-million"."""
+    names = [arm, f"{arm}-more", f"{arm}-million"]
     cells = [cell for name in names for cell in told.get(name, {}).get("cells", ())]
     return {(cell["task"], cell["length"]): cell for cell in cells if cell["score"] is not None}
 

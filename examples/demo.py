@@ -18,7 +18,7 @@ from services.cli import main
 
 # About 39,000 tokens, 38 segments: a minute or so on two CPU cores, and five times the model's trained positions.
 DEMO_BYTES = 160_000
-DEMO_QUESTION = "What is the assert statement used for?"
+DEMO_QUESTION = "What is the purpose of the assert statement?"
 
 
 def demo_document() -> str:

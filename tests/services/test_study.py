@@ -247,7 +247,8 @@ def test_figures_are_told_of_an_arm_and_of_those_that_go_on_with_it():
     near, far = cell("unseen", 3500, 0.5), cell("unseen", 7900, 0.7)
     ours = [near, far, cell("ppl", 8000, 2.0, nats={"0": 3.0, "4096": 2.0})]
     full = [near, cell("unseen", 7900, 1.0), cell("ppl", 8000, 1.8, nats={"0": 2.9, "4096": 1.9})]
-    told = {"ours": {"cells": ours}, "full": {"cells": full}, "million": {"cells": [cell("single-1m", 1000000, 1.0)]}}
+    million = [cell("single-1m", 1000000, 1.0)]
+    told = {"ours": {"cells": ours}, "full": {"cells": full}, "ours-million": {"cells": million}}
     made = {name: (value, unit, peer) for name, value, unit, _, peer in quality.figures(told, "ours", "full")}
     assert made == {
         "single_1m": (100.0, "% of 10 items", None),
