@@ -47,11 +47,6 @@ class SegmentConfig:
         return 0
 
     @property
-    def rereads_retrieved(self) -> bool:
-        """Whether what a turn mark has retrieved is run again, as a text of its own."""
-        return False
-
-    @property
     def prefix_tokens(self) -> int | None:
         """P: rows before the segment, the same for every cell; None: more and more."""
         return None
@@ -156,8 +151,6 @@ class SegmentedConfig(RetrievalConfig):
     question_tokens: with "global", the latest queries of the window that choose inside a segment, as at turn marks: a
         question's own. Those of the text before it look for their like, and of that a long past has more than there is
         room for.
-    reread_retrieved: with "global", what a turn mark retrieves is run again first, as a text of its own behind the
-        sinks, and seen as this reading leaves it.
     tail_tokens: M, tokens before the segment that a local cell sees.
     block_tokens: with "global", retrieved tokens come in stream-aligned blocks of this many.
     readers: the cells that read retrieved tokens; None means every cell that isn't in segment_only.
@@ -168,7 +161,6 @@ class SegmentedConfig(RetrievalConfig):
     selection: Literal["global", "cell"] = "global"
     index: Literal["lowrank", "exhaustive"] = "lowrank"
     question_tokens: int = 24
-    reread_retrieved: bool = False
     tail_tokens: int = 512
     block_tokens: int = 16
     readers: tuple[Cell, ...] | None = None
@@ -185,18 +177,12 @@ class SegmentedConfig(RetrievalConfig):
             raise ConfigError(f"index={self.index!r} must be 'lowrank' or 'exhaustive'")
         if self.selection == "cell" and self.selectors:
             raise ConfigError("selection='cell' lets each reader choose its own tokens; leave selectors empty")
-        if self.selection == "cell" and self.reread_retrieved:
-            raise ConfigError("selection='cell' retrieves no text that could be read again; leave reread_retrieved out")
         unit = 8 if self.selection == "cell" else self.block_tokens
         if self.retrieved_tokens % unit:
             raise ConfigError(f"retrieved_tokens={self.retrieved_tokens} must be a multiple of {unit}")
         both = set(self.readers or ()) & set(self.segment_only)
         if both:
             raise ConfigError(f"cells {sorted(map(tuple, both))} are both readers and segment_only")
-
-    @property
-    def rereads_retrieved(self) -> bool:
-        return self.reread_retrieved and self.turn_marks
 
     @property
     def prefix_tokens(self) -> int:

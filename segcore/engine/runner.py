@@ -111,7 +111,7 @@ class Runner:
     def mark(self, state: State, past: SessionPast) -> None:
         """An end of turn at the stream's end: a refresh point that doesn't close the segment (design, section 6)."""
         self.choose_at_mark(state, past)
-        self.reread(state, past, lambda tokens_T, state: self.pass_over(tokens_T[None], [state]))
+        self.reread(state, past, lambda tokens_T: self.pass_over(tokens_T[None], [state]))
 
     def choose_at_mark(self, state: State, past: SessionPast) -> None:
         """`mark` without what it reads again."""
@@ -120,22 +120,16 @@ class Runner:
             self.policy.refresh(state, past)
             state.moved()
 
-    def reread(self, state: State, past: SessionPast, run: Callable[[Tensor, State], object]) -> None:
-        """Read what was retrieved as a text of its own, and let the latest tokens see it. Nothing else tells of it: it
-        follows from the mark.
+    def reread(self, state: State, past: SessionPast, run: Callable[[Tensor], object]) -> None:
+        """Let the latest tokens see what they chose. Nothing else tells of it: it follows from the mark.
 
-        run: passes over tokens, [T], behind a state.
+        run: passes over tokens, [T], behind the state.
         """
-        tokens = past.journal.tokens
-        if self.config.rereads_retrieved and state.retrieved_CR.numel():
-            aside = self.policy.behind_sinks(state)
-            run(torch.tensor([tokens[at] for at in state.retrieved_CR[0].tolist()]), aside)
-            self.policy.restate(state, aside)
         count = min(self.config.reread_at_marks, state.filled)
         if count and state.closed:
-            tokens_T = torch.tensor(tokens[state.length - count : state.length])
+            tokens_T = torch.tensor(past.journal.tokens[state.length - count : state.length])
             state.rewind(count)
-            run(tokens_T, state)
+            run(tokens_T)
             state.length += count
             state.filled += count
 

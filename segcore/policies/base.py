@@ -76,14 +76,6 @@ class Policy(ABC, Generic[C]):
     def prefetch(self, state: State, past: SessionPast) -> None:
         """A refresh point comes with the next pass: let what it may need be read meanwhile."""
 
-    def behind_sinks(self, state: State) -> State:
-        """A state whose windows have the stream's sinks alone before them. Only asked where `rereads_retrieved`."""
-        raise NotImplementedError
-
-    def restate(self, state: State, aside: State) -> None:
-        """Let what was retrieved be as a pass over it has made it in `aside`. In place."""
-        raise NotImplementedError
-
     def boundary(self, state: State) -> dict[str, Tensor]:
         """What `resume` needs beside past KV to go on after this close. Only asked of policies with a layout."""
         raise NotImplementedError

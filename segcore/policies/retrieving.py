@@ -136,24 +136,6 @@ class RetrievingPolicy(Policy[C]):
         if self.readers and state.closed and not past.in_memory:
             past.prefetch(self._choice(state, past))
 
-    def behind_sinks(self, state: State) -> State:
-        layers = [[self._sinks_of(layer, w, state) for w in windows] for layer, windows in enumerate(state.layers)]
-        return State(layers, list(state.queries), state.retrieved_CR, state.length)
-
-    def _sinks_of(self, layer: int, window: Window, state: State) -> Window:
-        """What follows them has the position that it has behind them in the window itself."""
-        sinks, _ = sinks_and_tail(state.closed, *self._sees(layer, window))
-        position = window.position - (window.base - window.start) + sinks
-        return Window(window.heads, *window.rows(window.start, sinks), start=0, base=sinks, position=position)
-
-    def restate(self, state: State, aside: State) -> None:
-        retrieved = state.retrieved_CR.shape[1]
-        for (layer, _, window), (_, _, other) in zip(_numbered(state), _numbered(aside), strict=True):
-            if self._reads(layer, window):
-                sinks, _ = sinks_and_tail(state.closed, *self._sees(layer, window))
-                window.write(window.start + sinks, *other.rows(other.base, retrieved))
-        state.moved()
-
     def boundary(self, state: State) -> dict[str, Tensor]:
         """Queries and choice, and the prefix of the cells that aren't in past KV."""
         kept = {f"queries.{i}": q for i, q in enumerate(state.queries)} | {"retrieved": state.retrieved_CR}

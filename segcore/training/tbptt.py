@@ -308,7 +308,7 @@ class _Unrolled:
             if at in marks:
                 self._runner.choose_at_mark(state, self._past)
                 self._teacher.see(state, self._past)
-                self._runner.reread(state, self._past, self._passes.pass_over)
+                self._runner.reread(state, self._past, lambda tokens_T: self._passes.pass_over(tokens_T, state))
             end = min((mark for mark in marks if at < mark < stop), default=stop)
             count = min(tokens_to_next_cut(state.filled, self._runner.config, self._chunk_tokens), end - at)
             count = self._passes.most(state, count)

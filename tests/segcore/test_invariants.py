@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from itertools import chain
 
 import pytest
 import torch
@@ -41,10 +40,6 @@ MATRIX = {
     "segmented-no-sinks": tiny_segment(sink_tokens=0, reader_tail_tokens=0),
     "segmented-refreshing": tiny_segment(refresh_tokens=5, question_tokens=3),
     "segmented-rereading": tiny_segment(reread_tokens=6, question_tokens=2),
-    "segmented-rereading-all": tiny_segment(reread_tokens=6, question_tokens=2, reread_retrieved=True),
-    "segmented-rereading-all-some": tiny_segment(
-        reread_tokens=6, reread_retrieved=True, readers=(Cell(0, 0), Cell(1, 0), Cell(1, 1))
-    ),
     "segmented-long-tail": tiny_segment(segment_tokens=8, tail_tokens=20, reader_tail_tokens=12),
     "segmented-local-only": tiny_segment(retrieved_tokens=0, selectors=()),
     "segmented-paper": tiny_segment(
@@ -214,26 +209,6 @@ def test_a_mark_chooses_anew_without_closing_the_segment(tiny_lm):
     assert plain.state.filled == marked.state.filled
     deaf = run(tiny_lm, tiny_segment(turn_marks=False), STREAM, (121,))
     torch.testing.assert_close(plain.logits_TV, deaf.logits_TV, **EXACT)
-
-
-def test_what_a_mark_retrieves_is_read_as_a_text_of_its_own(tiny_lm):
-    """Behind the stream's first tokens, by full attention."""
-    config = tiny_segment(reread_retrieved=True)
-    runner, plain = Runner(tiny_lm, config), Runner(tiny_lm, FullConfig(segment_tokens=64))
-    state, past = runner.begin(), PastKVManager(CacheConfig()).open_stream(runner.policy.layout)
-    for first in (0, 16, 32):
-        runner.advance(STREAM[first : min(first + 16, 42)], state, past)
-    runner.mark(state, past)
-    text = [*range(config.sink_tokens), *state.retrieved_CR[0].tolist()]
-    other = plain.begin()
-    plain.advance(STREAM[text], other, PastKVManager(CacheConfig()).open_stream(plain.policy.layout))
-    sinks = config.sink_tokens
-    for mine, theirs in zip(chain(*state.layers), chain(*other.layers), strict=True):
-        here, there = (w.rows(w.start + sinks, len(text) - sinks) for w in (mine, theirs))
-        torch.testing.assert_close(here[0], there[0], **EXACT)
-        torch.testing.assert_close(here[2], there[2], **EXACT)
-        turned = tiny_lm.rope.keys(here[0], mine.position - mine.base + mine.start + sinks)
-        torch.testing.assert_close(here[1], turned, **EXACT)
 
 
 def test_what_is_read_again_at_a_mark_sees_what_it_chose(tiny_lm):
